@@ -1,0 +1,33 @@
+# Two commands for a fresh machine with Python 3.11: `make demo` and `make test`.
+PYTHON ?= python3
+PY := .venv/bin/python
+
+.PHONY: demo test slow lint clean
+
+demo: .venv/run
+	$(PY) prepare.py config/demo.py
+	test -f out/demo/model.pt || $(PY) train.py config/demo.py
+	$(PY) finetune_glue.py config/demo.py --glue_init=scratch
+	$(PY) finetune_glue.py config/demo.py --glue_init=run
+
+test: .venv/dev
+	$(PY) -m pytest -q
+
+slow: .venv/dev
+	$(PY) -m pytest -q -m slow
+
+lint: .venv/dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+.venv/run: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install -q -r requirements.txt
+	touch $@
+
+.venv/dev: requirements-dev.txt .venv/run
+	$(PY) -m pip install -q -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv data out

@@ -1,0 +1,333 @@
+import json
+import math
+import os
+import pickle
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, start
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train
+
+
+def log(name="tiny", key="loss"):
+    entries = [json.loads(line) for line in Path(f"out/{name}/log.jsonl").read_text().splitlines()]
+    return [e for e in entries if key in e]
+
+
+def weights(name="tiny"):
+    return torch.load(f"out/{name}/model.pt", weights_only=True)["model"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks and schedules
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**30), st.integers(1, 7))
+def test_masks_of_the_paper(seed, rows):
+    """Exactly 32 of 128 positions a row, of those 26 <mask>, 3 random, 3 unchanged; nothing else changes."""
+    vocab, mask_id = 10**6, 4  # so large that a random token is hardly ever the old one
+    ids = torch.randint(5, vocab, (rows, 128), generator=torch.Generator().manual_seed(seed))
+    inputs, positions, targets = train.mask_tokens(ids, 32, mask_id, vocab, torch.Generator().manual_seed(seed + 1))
+    assert positions.shape == targets.shape == (rows, 32)
+    for row in range(rows):
+        where = positions[row].tolist()
+        assert len(set(where)) == 32
+        rest = sorted(set(range(128)) - set(where))
+        assert torch.equal(inputs[row, rest], ids[row, rest]) and torch.equal(targets[row], ids[row, where])
+        changed = inputs[row, where]
+        assert [(changed == mask_id).sum(), (changed == ids[row, where]).sum()] == [26, 3]
+
+
+def test_masks_are_uniform_seeded_and_all_mask_without_the_mix():
+    ids = torch.arange(5, 133).repeat(4000, 1)
+    a = train.mask_tokens(ids, 32, 4, 200, torch.Generator().manual_seed(1))
+    b = train.mask_tokens(ids, 32, 4, 200, torch.Generator().manual_seed(1))
+    assert all(torch.equal(x, y) for x, y in zip(a, b))
+    share = torch.zeros(128).scatter_add(0, a[1].flatten(), torch.ones(a[1].numel())) / 4000
+    assert share.min() > 0.22 and share.max() < 0.28  # 0.25 +- 4.4 standard deviations
+    inputs, positions, _ = train.mask_tokens(ids, 19, 4, 200, torch.Generator().manual_seed(1), mix=False)
+    assert (inputs.gather(1, positions) == 4).all() and ((inputs == 4).sum(1) == 19).all()
+
+
+def test_no_gradient_from_unmasked_positions():
+    from test_model import bert
+
+    model = bert()
+    ids = torch.randint(50, (2, 16))
+    positions = train.flat(torch.tensor([[3, 1], [0, 15]]), 16)
+    assert positions.tolist() == [3, 1, 16, 31]
+    hidden = model.encode(ids).detach().requires_grad_()
+    model.encode = lambda ids: hidden
+    model(ids, positions, torch.tensor([1, 2, 3, 4])).backward()
+    assert sorted(hidden.grad.flatten(0, 1).abs().sum(1).nonzero().flatten().tolist()) == [1, 3, 16, 31]
+
+
+def test_triangle_and_ramp_are_the_papers():
+    for p in np.linspace(0, 1, 101):
+        assert train.learning_rate_factor(p) == pytest.approx(min(0.25 + p, (1 - p) / 0.25))
+        assert train.batch_rows(p) == min(128 * (math.floor(8192 * p / (0.6 * 128)) + 1), 8192)
+    assert train.learning_rate_factor(0.75) == 1.0 and train.batch_rows(0) == 128 and train.batch_rows(0.6) == 8192
+
+
+@pytest.mark.parametrize(
+    "schedule, values",  # at p = 0, 0.05, 0.1, 0.55, 1 with a warm-up of 0.1 and a cool-down of 0.25
+    [
+        ("constant", [0, 0.5, 1, 1, 1]),
+        ("linear", [0, 0.5, 1, 0.5, 0]),
+        ("cosine", [0, 0.5, 1, 0.5, 0]),
+        ("trapezoid", [0, 0.5, 1, 1, 0]),
+    ],
+)
+def test_other_schedules(monkeypatch, schedule, values):
+    monkeypatch.setattr(train, "schedule", schedule)
+    monkeypatch.setattr(train, "warmup", 0.1)
+    assert [train.learning_rate_factor(p) for p in (0, 0.05, 0.1, 0.55, 1)] == pytest.approx(values, abs=1e-12)
+    monkeypatch.setattr(train, "warmup", 0.0)
+    assert train.learning_rate_factor(0) == 1.0
+
+
+def test_evaluation_is_the_same_whatever_the_batch():
+    from test_model import bert
+
+    rows = np.random.default_rng(0).integers(5, 50, (37, 20)).astype(np.uint16)
+    loss, accuracy = train.evaluate(bert(), rows, 4, "cpu", batch=64)
+    again = train.evaluate(bert(), rows, 4, "cpu", batch=7)
+    assert again == (pytest.approx(loss, abs=1e-5), accuracy) and abs(loss - math.log(50)) < 0.5 and 0 <= accuracy < 0.2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def test_a_run_learns_more_than_unigrams(run, tiny_data):
+    args = [*TINY, "--max_steps=400", "--batch_size=32", "--micro_batch_size=32", "--position=rotary", "--n_embd=64"]
+    message, output = run("train.py", *args, "--n_inner=128", "--rotary_base=100.0")
+    assert message is None, message
+    tokens = np.fromfile("data/tiny/train.bin", np.uint16)
+    p = np.bincount(tokens) / len(tokens)
+    entropy = -(p[p > 0] * np.log(p[p > 0])).sum()
+    losses = [e["loss"] for e in log()]
+    final = log(key="val_loss")[-1]
+    assert losses[0] > entropy + 0.3 and final["val_loss"] < entropy - 0.5, (losses[0], final, entropy)
+    assert final["val_accuracy"] > 0.3
+    assert {"step", "tokens", "hours", "progress", "loss", "lr", "batch_size", "grad_norm", "tokens_per_s", "mfu"} <= log()[
+        0
+    ].keys()
+    assert [e["step"] for e in log()] == list(range(1, 401)) and final["progress"] == 1.0
+    assert sorted(os.listdir("out/tiny")) == [
+        "ckpt.pt",
+        "config.json",
+        "log.jsonl",
+        "model.pt",
+        "rules.json",
+        "tokenizer.json",
+    ]
+    saved = torch.load("out/tiny/model.pt", weights_only=True)
+    assert saved["config"]["n_embd"] == 64 and not [k for k in saved["model"] if "_orig_mod" in k]
+    assert all(v.dtype == torch.float32 for v in saved["model"].values())
+    rules = json.loads(Path("out/tiny/rules.json").read_text())
+    assert len(rules) == 4 and all(r["ok"] for r in rules.values())
+
+
+def test_the_split_into_micro_batches_changes_nothing(run, tiny_data):
+    """With a ramp: the losses, step by step, of micro-batches of 8, 4 and 2 rows."""
+    ramp = ["--batch_size=24", "--batch_ramp=0.6", "--batch_ramp_rows=8", "--max_steps=30"]
+    for m in (8, 4, 2):
+        assert run("train.py", *TINY, *ramp, f"--micro_batch_size={m}", f"--out_dir=out/m{m}")[0] is None
+    one, two, four = (np.array([e["loss"] for e in log(f"m{m}")]) for m in (8, 4, 2))
+    assert np.allclose(one, two, atol=1e-4) and np.allclose(one, four, atol=1e-4)
+    assert [e["batch_size"] for e in log("m8")] == [e["batch_size"] for e in log("m2")]
+    assert log("m8")[0]["batch_size"] == 8 and log("m8")[-1]["batch_size"] == 24
+
+
+def last_step():
+    lines = Path("out/tiny/log.jsonl").read_text().splitlines() if Path("out/tiny/log.jsonl").exists() else []
+    return max((e["step"] for e in map(json.loads, lines[:-1])), default=0)
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(run, tiny_data, home):
+    """kill -9 twice, then SIGTERM, and a last part that finishes: the same weights, bit for bit, and the same log."""
+    args = [*TINY, "--max_steps=1500", "--dropout=0.1", "--checkpoint_minutes=0.0005", "--eval_minutes=0.02"]
+    assert run("train.py", *args, "--out_dir=out/whole", "--checkpoint_minutes=9.0", "--eval_minutes=9.0")[0] is None
+    said = []
+    for step, kill in ((50, signal.SIGKILL), (300, signal.SIGKILL), (600, signal.SIGTERM), (None, None)):
+        process = start("train.py", *args, cwd=home)
+        while kill and last_step() < step:
+            assert process.poll() is None
+            time.sleep(0.005)
+        if kill:
+            process.send_signal(kill)
+        said.append("".join(process.communicate()))
+        assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 1, None: 0}[kill], said
+    assert all("continuing out/tiny at step" in s for s in said[1:]) and "the same command continues" in said[2]
+    a, b = weights("whole"), weights()
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert [(e["step"], e["loss"]) for e in log()] == [(e["step"], e["loss"]) for e in log("whole")]
+
+
+def test_ctrl_c_in_a_large_step_saves_at_once_and_the_step_is_done_again(run, tiny_data, home):
+    args = [*TINY, "--max_steps=3", "--batch_size=4096", "--micro_batch_size=4", "--dropout=0.1"]
+    assert run("train.py", *args, "--out_dir=out/whole")[0] is None
+    process = start("train.py", *args, cwd=home)
+    while last_step() < 1 and not (Path("out/tiny/log.jsonl").exists() and Path("out/tiny/log.jsonl").read_text()):
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    said = "".join(process.communicate())
+    assert "stopped and saved at step 1" in said
+    assert run("train.py", *args)[0] is None
+    a, b = weights("whole"), weights()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_kills_do_not_give_time_back(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps({"step": s, "hours": s / 10}) + "\n" for s in range(1, 9)) + '{"step": 9, "ho')
+    assert train.cut_log(path, 3) == pytest.approx(0.8 * 3600)
+    assert train.cut_log(path, 3) == pytest.approx(0.8 * 3600)  # killed again before the first new line
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 3, 3]
+
+
+def test_the_clock_stops_the_run_and_counts_earlier_parts(run, tiny_data, home):
+    budget = ["--budget_hours=0.001", "--checkpoint_minutes=0.001", "--log_seconds=0.01"]  # 3.6 s
+    process = start("train.py", *TINY, *budget, cwd=home)
+    while not Path("out/tiny/ckpt.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    time.sleep(1.0)
+    process.kill()
+    process.communicate()
+    spent = log()[-1]["hours"]
+    message, output = run("train.py", *TINY, *budget)
+    assert message is None and "continuing" in output and "h of budget, the corpus lasts" in output
+    hours = [e["hours"] for e in log()]
+    assert hours == sorted(hours) and not [h for h in hours if h > 0.00125]
+    later = [e for e in log() if e["hours"] > spent]
+    assert later[0]["progress"] >= spent / 0.001 - 1e-9  # the killed part's time is not given back
+    lr = [e["lr"] for e in log()]
+    assert max(lr) == pytest.approx(0.003, rel=0.05) and lr[-1] < 0.001
+
+
+def test_the_end_of_the_corpus(run, tiny_data):
+    rows = json.loads(Path("data/tiny/meta.json").read_text())["train_rows"]
+    ids = train.next_rows(np.arange(10, dtype=np.uint16).reshape(5, 2), 4, 3, "cpu")
+    assert ids.tolist() == [[8, 9], [0, 1], [2, 3]]
+    message, output = run("train.py", *TINY, f"--max_steps={rows // 8 + 5}")
+    assert message is None and output.count("the corpus ends") == 1
+
+
+def test_a_finished_run_is_not_overwritten(run, tiny_data):
+    assert run("train.py", *TINY, "--max_steps=2")[0] is None
+    before = Path("out/tiny/model.pt").read_bytes()
+    message, _ = run("train.py", *TINY, "--max_steps=3")
+    assert "holds a finished run" in message and Path("out/tiny/model.pt").read_bytes() == before
+    Path("out/tiny/glue.json").write_text("{}")
+    assert run("train.py", *TINY, "--max_steps=3", "--resume=never")[0] is None
+    assert Path("out/tiny/model.pt").read_bytes() != before and not Path("out/tiny/glue.json").exists()
+    assert len(log()) == 3
+
+
+def test_same_config_same_bytes(run, tiny_data):
+    for name in ("a", "b"):
+        run("train.py", *TINY, "--max_steps=5", f"--out_dir=out/{name}")
+    assert Path("out/a/model.pt").read_bytes() == Path("out/b/model.pt").read_bytes()
+
+
+def test_compiled_and_eager_runs_agree(run, tiny_data):
+    for name, compile in (("eager", False), ("compiled", True)):
+        message, output = run("train.py", *TINY, "--max_steps=8", f"--out_dir=out/{name}", f"--compile={compile}")
+        assert message is None and "warning" not in output, output
+    a, b = ([e["loss"] for e in log(n)] for n in ("eager", "compiled"))
+    assert np.allclose(a, b, atol=1e-3)
+
+
+def test_a_broken_compiler_is_a_warning(run, tiny_data, monkeypatch):
+    def broken(model, **_):
+        raise RuntimeError("no compiler here\nand more")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    message, output = run("train.py", *TINY, "--max_steps=3", "--compile=True")
+    assert message is None and "going on without: RuntimeError: no compiler here\n" in output
+
+    class Wrong(torch.nn.Module):  # what torch 2.13 did to rotary positions: the keys' gradient of a block is noise
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, *batch):
+            loss = self.model(*batch)
+            keys = self.model.blocks[1].qkv.weight.chunk(3)[1]
+            return loss + (keys * torch.randn_like(keys) * 1e-6).sum() - (keys * 0).sum()
+
+    monkeypatch.setattr(torch, "compile", lambda model, **_: Wrong(model))
+    message, output = run("train.py", *TINY, "--max_steps=3", "--compile=True", "--out_dir=out/wrong")
+    assert message is None and "torch.compile changes a gradient by" in output
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mistakes and faults
+
+
+def test_mistakes_end_in_one_line_before_anything_is_touched(run, tiny_data):
+    for args, expected in [
+        (["--dataset=none"], "run prepare.py"),
+        (["--micro_batch_size=3"], "must divide batch_size"),
+        (["--max_len=16"], "rows have 32 tokens, more than max_len = 16"),
+        (["--n_head=5"], "not divisible by n_head = 5"),
+    ]:
+        message, _ = run("train.py", *TINY, "--max_steps=2", *args)
+        assert expected in message and "\n" not in message
+    with open("data/tiny/train.bin", "r+b") as f:
+        f.truncate(1000)
+    message, _ = run("train.py", *TINY, "--max_steps=2")
+    assert "train.bin has 1,000 bytes, meta.json says" in message
+    assert not Path("out").exists()
+
+
+def test_a_checkpoint_of_another_experiment_is_refused(run, tiny_data):
+    run("train.py", *TINY, "--max_steps=2")
+    os.remove("out/tiny/model.pt")
+    before = Path("out/tiny/ckpt.pt").read_bytes()
+    message, _ = run("train.py", *TINY, "--max_steps=2", "--n_layer=3", "--learning_rate=0.5")
+    assert "n_layer was 2, now 3" in message and "learning_rate was 0.003, now 0.5" in message
+    Path("out/tiny/ckpt.pt").write_bytes(before[: len(before) // 2])
+    message, _ = run("train.py", *TINY, "--max_steps=2")
+    assert "ckpt.pt cannot be read" in message and "\n" not in message
+
+
+def test_a_checkpoint_can_run_no_code(run, tiny_data):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, ("pwned",)
+
+    run("train.py", *TINY, "--max_steps=2")
+    os.remove("out/tiny/model.pt")
+    torch.save({"config": Evil()}, "out/tiny/ckpt.pt")
+    pickle.loads(pickle.dumps(Evil()))  # the attack works where pickles are trusted
+    os.rmdir("pwned")
+    message, _ = run("train.py", *TINY, "--max_steps=2")
+    assert "cannot be read" in message and not Path("pwned").exists()
+
+
+def test_a_loss_that_is_nan_ends_the_run_and_keeps_the_checkpoint(run, tiny_data, home):
+    process = start("train.py", *TINY, "--max_steps=10_000_000", "--checkpoint_minutes=0.001", cwd=home)
+    while not Path("out/tiny/ckpt.pt").exists():
+        assert process.poll() is None
+    process.terminate()
+    process.communicate()
+    before = torch.load("out/tiny/ckpt.pt", weights_only=True)
+    broken = {**before, "model": {k: v * math.nan for k, v in before["model"].items()}}
+    torch.save(broken, "out/tiny/ckpt.pt")
+    text = Path("out/tiny/ckpt.pt").read_bytes()
+    message, _ = run("train.py", *TINY, "--max_steps=10_000_000", "--checkpoint_minutes=0.001")
+    assert "is not finite at step" in message and "learning rate" in message
+    assert Path("out/tiny/ckpt.pt").read_bytes() == text and not Path("out/tiny/model.pt").exists()

@@ -1,0 +1,494 @@
+"""Masked language modelling until the wall clock expires: python train.py config/demo.py
+
+data/<dataset>/{train,val}.bin  ->  out/<run>/{model.pt, ckpt.pt, log.jsonl, tokenizer.json, config.json, rules.json}
+
+Every schedule is a function of progress in [0, 1]: elapsed seconds over the budget, or steps over max_steps for runs that
+must be repeatable to the last bit. A stopped run continues with the same command.
+"""
+
+import json
+import math
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from configurator import configure, replace_file, write_json
+from model import BERT, Config, flops_per_token
+
+out_dir = "out/demo"  # folder of the run
+dataset = "demo"  # corpus: data/<dataset>, as prepare.py wrote it
+resume = "auto"  # {auto, never} auto continues a stopped run; never starts anew and overwrites what is in out_dir
+budget_hours = 24.0  # (0, inf) hours of wall clock from the first step on, compilation and evaluation included
+max_steps = 0  # [0, inf) steps; 0 = the clock decides, else the clock is ignored
+seed = 1337  # [0, inf) seed of the weights and of the masks
+mask_rate = 0.25  # (0, 1) share of a row's positions to predict
+mask_80_10_10 = True  # of those 80 % become <mask>, 10 % a random token, 10 % stay; else all become <mask>
+batch_size = 8192  # [1, inf) rows a step, at the end of the ramp
+micro_batch_size = 128  # [1, inf) rows a forward pass; changes memory and speed, not the result
+batch_ramp = 0.6  # [0, 1] share of progress over which the batch grows, 0 = no ramp
+batch_ramp_rows = 128  # [1, inf) rows in the ramp's first batch, and in each increment
+learning_rate = 1e-3  # (0, inf) peak learning rate
+schedule = "triangle"  # {constant, linear, cosine, triangle, trapezoid} learning rate over progress
+warmup = 0.0  # [0, 1) share of progress with a linear warm-up; the triangle has its own
+cooldown = 0.25  # (0, 1] share of progress in which triangle and trapezoid fall to zero
+weight_decay = 0.01  # [0, inf) decoupled decay of matrices and embeddings, none on norms and scalars
+beta1 = 0.9  # [0, 1) Adam's decay of the first moment
+beta2 = 0.98  # [0, 1) Adam's decay of the second moment
+adam_eps = 1e-12  # (0, inf) Adam's epsilon
+grad_clip = 0.5  # [0, inf) largest norm of the gradient, 0 = no clipping
+device = "auto"  # {auto, cuda, mps, cpu} where to train
+dtype = "auto"  # {auto, float32, bfloat16, float16} of the activations; auto is what the hardware does best
+compile = True  # torch.compile; falls back to eager where it does not work
+eval_minutes = 30.0  # (0, inf) minutes between evaluations; the last one always takes place
+checkpoint_minutes = 15.0  # (0, inf) minutes between checkpoints
+log_seconds = 10.0  # [0, inf) seconds between log lines, 0 = every step
+
+# What may differ between the parts of one run; a change of anything else would be another experiment.
+FREE_KEYS = "resume out_dir device dtype compile micro_batch_size eval_minutes checkpoint_minutes log_seconds".split()
+
+# Dense fp16/bf16 tensor peaks in TFLOP/s: the first three as the paper counts them, the others from NVIDIA's data sheets.
+GPU_PEAKS = {
+    "2080 Ti": 53.8, "A4000": 88.5, "A6000": 154.8, "V100": 125, "T4": 65, "A5000": 111, "3090": 71, "4090": 165,
+    "5090": 209, "A100": 312, "A10": 125, "L40": 362, "L4": 121, "H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250,
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedules: pure functions of progress p in [0, 1]
+
+
+def learning_rate_factor(p):
+    """The learning rate at progress p as a share of its peak."""
+    if schedule == "triangle":  # from a quarter up to the peak, then down to zero: "budget-triangle2" [repo]
+        return min(0.25 + p, (1 - p) / cooldown)
+    rise = min(1.0, p / warmup) if warmup else 1.0
+    q = max(0.0, p - warmup) / (1 - warmup)  # progress since the warm-up
+    if schedule == "trapezoid":
+        return min(rise, (1 - p) / cooldown)
+    return rise * {"constant": 1.0, "linear": 1 - q, "cosine": 0.5 * (1 + math.cos(math.pi * q))}[schedule]
+
+
+def batch_rows(p):
+    """Rows in the global batch at progress p: grows by batch_ramp_rows until it is batch_size at p = batch_ramp."""
+    if not batch_ramp:
+        return batch_size
+    return min(batch_ramp_rows * (math.floor(batch_size * p / (batch_ramp * batch_ramp_rows)) + 1), batch_size)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks
+
+
+def n_masked(seq_len, rate):
+    return max(round(rate * seq_len), 1)
+
+
+def mask_tokens(ids, count, mask_id, vocab_size, generator, mix=True):
+    """Masks exactly `count` positions of every row of ids (B, T); special tokens are not spared.
+
+    Of those round(80 %) become mask_id, round(10 %) a random token of the whole vocabulary, the rest stay as they are;
+    without `mix` all become mask_id. Returns inputs (B, T), positions in the row (B, count), targets (B, count).
+    """
+    # topk sorts by the noise: the order of the positions is random, so the first ones are a random subset
+    positions = torch.rand(ids.shape, generator=generator, device=ids.device).topk(count, dim=1).indices
+    targets = ids.gather(1, positions)
+    n_mask, n_random = (round(0.8 * count), round(0.1 * count)) if mix else (count, 0)
+    fill = targets.clone()
+    fill[:, :n_mask] = mask_id
+    shape = (len(ids), n_random)
+    fill[:, n_mask : n_mask + n_random] = torch.randint(vocab_size, shape, generator=generator, device=ids.device)
+    return ids.scatter(1, positions, fill), positions, targets
+
+
+def flat(positions, seq_len):
+    """Positions (B, k) in rows to indices into the flattened batch (B * seq_len)."""
+    return (positions + torch.arange(len(positions), device=positions.device)[:, None] * seq_len).flatten()
+
+
+@torch.no_grad()
+def evaluate(model, rows, mask_id, where, batch=64):
+    """(val_loss in nats, accuracy) over rows (N, T): 15 % of the positions, by a fixed seed, all replaced by <mask>."""
+    generator = torch.Generator().manual_seed(0)  # on the CPU: the same positions on every device
+    model.eval()
+    loss = correct = total = 0
+    for i in range(0, len(rows), batch):
+        ids = torch.from_numpy(rows[i : i + batch].astype(np.int64))
+        inputs, positions, targets = mask_tokens(ids, n_masked(ids.size(1), 0.15), mask_id, 1, generator, mix=False)
+        targets = targets.flatten().to(where)
+        logits = model(inputs.to(where), flat(positions, ids.size(1)).to(where)).float()
+        loss += F.cross_entropy(logits, targets, reduction="sum").item()
+        correct += (logits.argmax(-1) == targets).sum().item()
+        total += len(targets)
+    model.train()
+    return loss / total, correct / total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def load_bins(folder):
+    """(train, val, meta): the bins as read-only (rows, seq_len) maps. SystemExit where they do not match meta.json."""
+    if not (folder / "meta.json").exists():
+        sys.exit(f"train.py: {folder} holds no prepared data; run prepare.py with the same config first")
+    meta, bins = json.loads((folder / "meta.json").read_text()), []
+    for part in ("train", "val"):
+        path, shape = folder / f"{part}.bin", (meta[f"{part}_rows"], meta["seq_len"])
+        size, expected = path.stat().st_size if path.exists() else 0, 2 * shape[0] * shape[1]
+        if size != expected:
+            sys.exit(
+                f"train.py: {path} has {size:,} bytes, meta.json says {expected:,}; remove {folder}, run prepare.py again"
+            )
+        bins.append(np.memmap(path, np.uint16, "r", shape=shape))
+    return *bins, meta
+
+
+def next_rows(rows, cursor, count, where):
+    """`count` rows from `cursor` on, around the end of the corpus, as int64 ids (count, seq_len) on the device."""
+    ids = torch.from_numpy(rows[np.arange(cursor, cursor + count) % len(rows)].astype(np.int32))
+    if where == "cuda":
+        ids = ids.pin_memory()
+    return ids.to(where, non_blocking=where == "cuda").long()  # only pinned memory outlives its tensor
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hardware
+
+
+def pick_device(device):
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device != "auto" and not found[device]:
+        sys.exit(f"train.py: device = {device!r}, but torch sees none here; --device=auto takes what there is")
+    return next(d for d in found if found[d]) if device == "auto" else device
+
+
+def pick_dtype(where, dtype):
+    """bf16 where the hardware multiplies in it, fp16 on older GPUs, else fp32."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if where == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+    bf16 = where == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16")
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def peak_flops(where, act_dtype):
+    """(FLOP/s, what it is): of the table for known GPUs, else the best of some large matmuls."""
+    if where == "cuda":
+        name = torch.cuda.get_device_name()
+        for key, tflops in GPU_PEAKS.items():
+            if key in name:
+                return tflops * 1e12, name
+    a, seconds = torch.rand(2048, 2048, generator=torch.Generator().manual_seed(0)).to(where, act_dtype), []
+    for _ in range(12):
+        start = time.monotonic()
+        (a @ a)[0, 0].item()
+        seconds.append(time.monotonic() - start)
+    return 2 * 2048**3 / min(seconds), f"measured on this {where}"
+
+
+def compiled(model, scaler, *batch):
+    """The compiled model; or, with a warning, the model itself where no compiler works or the gradients differ.
+
+    The check is worth its seconds: torch 2.13 silently compiles one way to write rotary positions to wrong gradients.
+    """
+    gradients = []
+    try:
+        fast = torch.compile(model, dynamic=False)  # shapes are fixed; a static graph is the fastest
+        with torch.random.fork_rng():  # a part of a resumed run draws the same dropout as if it were the first
+            for forward in (fast, model):
+                scaler.scale(forward(*batch)).backward()
+                gradients.append([p.grad for p in model.parameters()])
+                model.zero_grad(set_to_none=True)
+    except torch.OutOfMemoryError:
+        model.zero_grad(set_to_none=True)
+        if gradients:  # the eager pass needs more memory than the compiled one; go on unchecked
+            return fast
+        raise
+    except Exception as e:
+        model.zero_grad(set_to_none=True)
+        reason = (str(e).strip() or "no reason given").splitlines()[0]
+        print(f"train.py: warning: torch.compile does not work here, going on without: {type(e).__name__}: {reason}")
+        return model
+    # in thirds, so that queries, keys and values count one by one
+    thirds = [(x, y) for a, b in zip(*gradients) for x, y in zip(a.chunk(3), b.chunk(3))]
+    error = max(((x - y).norm() / y.norm().clamp(min=1e-30)).nan_to_num(math.inf).item() for x, y in thirds)
+    if model.config.dropout == 0 and error > 0.5:  # with dropout the passes differ
+        print(f"train.py: warning: torch.compile changes a gradient by {error:.0%}, going on without")
+        return model
+    return fast
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The files of a run
+
+
+def load_checkpoint(path, config):
+    """The checkpoint, on the CPU. SystemExit if it is damaged, or of another experiment."""
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        old, _ = ckpt["config"], ckpt["optimizer"]
+    except Exception as e:
+        reason = (str(e).strip() or "no reason given").splitlines()[0]
+        sys.exit(f"train.py: {path} cannot be read: {type(e).__name__}: {reason}; remove it, or --resume=never starts anew")
+    if changed := [f"{k} was {v!r}, now {config.get(k)!r}" for k, v in old.items() if config.get(k) != v]:
+        sys.exit(f"train.py: {path} is of another experiment: {'; '.join(changed)}; choose another out_dir, or --resume=never")
+    return ckpt
+
+
+def cut_log(path, step):
+    """Drops the log lines after `step`, and a torn one. Returns the time of the latest one before that, in seconds."""
+    kept, hours = [], 0.0
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        hours = max(hours, entry["hours"])
+        if entry["step"] <= step:
+            kept.append(line + "\n")
+    kept.append(json.dumps({"step": step, "hours": hours, "resumed": True}) + "\n")  # for the next kill
+    with replace_file(path) as f:
+        f.write("".join(kept).encode())
+    return hours * 3600
+
+
+def rules_record(settings, hours, where):
+    """What the run did about each rule of cramming; the fifth, on fine-tuning, is finetune_glue.py's."""
+    given = settings["tokenizer_file"]
+    return {
+        "1 a masked language model from scratch": {"ok": True, "did": "random initial weights"},
+        "2 no pretrained model in the pipeline": {
+            "ok": not given,
+            "did": f"tokenizer {given or 'trained on the corpus'}",
+        },
+        "3 raw text, no downstream data": {"ok": True, "did": f"sources {settings['sources']}, as the config says"},
+        "4 one GPU, 24 hours": {"ok": hours < 24.05, "did": f"{hours:.3f} h on one {where}"},
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main(config):
+    stopped = False
+
+    def stop(number, frame):
+        nonlocal stopped
+        stopped = True
+        signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C does not wait
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+
+    out, folder = Path(out_dir), Path("data") / dataset
+    if batch_size % micro_batch_size or (batch_ramp and batch_ramp_rows % micro_batch_size):
+        sys.exit(f"train.py: micro_batch_size = {micro_batch_size} must divide batch_size and batch_ramp_rows")
+    train_rows, val_rows, meta = load_bins(folder)
+    seq_len, mask_id, vocab_size = meta["seq_len"], meta["special_ids"]["mask"], meta["vocab_size"]
+    config = {k: v for k, v in config.items() if k in globals() or k in Config.__dataclass_fields__}
+    config |= {"vocab_size": vocab_size} | {f"{name}_sha256": sha for name, sha in meta["sha256"].items()}
+    if (out / "model.pt").exists() and resume == "auto":
+        sys.exit(f"train.py: {out} holds a finished run; choose another out_dir, or --resume=never to overwrite it")
+    ckpt = load_checkpoint(out / "ckpt.pt", config) if (out / "ckpt.pt").exists() and resume == "auto" else None
+
+    where = pick_device(device)
+    torch.manual_seed(seed)
+    try:
+        model = BERT(Config(**{k: config[k] for k in Config.__dataclass_fields__})).to(where)
+    except ValueError as e:
+        sys.exit(f"train.py: {e}")
+    if seq_len > model.config.max_len:
+        sys.exit(f"train.py: the rows have {seq_len} tokens, more than max_len = {model.config.max_len}")
+    model.dtype = pick_dtype(where, dtype)
+    decay = [p for p in model.parameters() if p.ndim >= 2]
+    no_decay = [p for p in model.parameters() if p.ndim < 2]  # deviation: [repo] decays the position scalar
+    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+    opt = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), eps=adam_eps, fused=True)
+    scaler = torch.amp.GradScaler(where, enabled=model.dtype == torch.float16)
+
+    out.mkdir(parents=True, exist_ok=True)
+    state = {"step": 0, "tokens": 0, "rows": 0, "elapsed": 0.0}
+    if ckpt:
+        model.load_state_dict(ckpt["model"])
+        opt.load_state_dict(ckpt["optimizer"])
+        if ckpt["scaler"]:  # empty where that part of the run was not in fp16
+            scaler.load_state_dict(ckpt["scaler"])
+        torch.set_rng_state(ckpt["rng"])
+        state = {k: ckpt[k] for k in state}
+        # kills must not stretch the budget: what a part of the run took after its last checkpoint counts as well
+        state["elapsed"] = max(state["elapsed"], cut_log(out / "log.jsonl", state["step"]))
+        print(f"continuing {out} at step {state['step']:,}, {state['elapsed'] / 3600:.3f} h into the budget")
+        del ckpt
+    else:
+        shutil.copy(folder / "tokenizer.json", out)
+        for name in ("log.jsonl", "ckpt.pt", "model.pt", "rules.json", "glue.json", "glue.md"):
+            (out / name).unlink(missing_ok=True)
+    write_json(out / "config.json", config)
+
+    count = n_masked(seq_len, mask_rate)
+    flops = flops_per_token(model.config, seq_len, count)
+    peak, peak_name = peak_flops(where, model.dtype)
+    budget = f"{max_steps:,} steps" if max_steps else f"{budget_hours:.3g} h"
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {str(model.dtype)[6:]}; {len(train_rows):,} rows of")
+    print(f"{seq_len} tokens; {budget} at a peak of {peak / 1e12:.1f} TFLOP/s ({peak_name})")
+
+    log = open(out / "log.jsonl", "a", buffering=1)
+    bar = tqdm(
+        total=max_steps or round(budget_hours * 3600),
+        bar_format="{percentage:3.0f}%|{bar}| {n:.0f}/{total} " + ("steps" if max_steps else "s") + "{postfix}",
+        disable=None,  # plain lines where the output is no terminal
+    )
+
+    def write_log(**entry):
+        head = {k: state[k] for k in ("step", "tokens")} | {"hours": state["elapsed"] / 3600, "progress": progress}
+        log.write(json.dumps(head | entry) + "\n")
+        bar.n = min(state["step"] if max_steps else round(state["elapsed"]), bar.total)
+        if bar.disable or "val_loss" in entry:
+            values = ", ".join(f"{k} {v:,.4g}" for k, v in entry.items() if v is not None)
+            tqdm.write(f"step {state['step']:,}, {state['elapsed']:,.0f} s: {values}")
+            sys.stdout.flush()
+        else:
+            bar.set_postfix_str(f"loss {entry['loss']:.3f}, {entry['tokens_per_s']:,.0f} tokens/s, MFU {entry['mfu']:.0%}")
+
+    def require_finite():
+        """Nothing is saved behind a loss or gradient that is nan. (fp16 meets infinite ones; its scaler skips them.)"""
+        if not math.isfinite(loss_sum) or not (scaler.is_enabled() or math.isfinite(grad_norm)):
+            sys.exit(
+                f"train.py: the loss or its gradient is not finite at step {state['step']:,} (learning rate {lr:.3g}, "
+                f"gradient norm {float(grad_norm):.3g}); lower learning_rate, or --dtype=float32; checkpoints are from before"
+            )
+
+    generator = torch.Generator(where)
+    model.train()
+    step_model, first_step, speed_said = model, state["step"], False
+    loss_sum, grad_norm, lr = torch.zeros((), device=where), torch.zeros(()), 0.0
+    steps = tokens = 0  # since the last log line
+    timer = time.monotonic()  # start of the log interval; evaluations and checkpoints move it on
+    start = timer - state["elapsed"]
+    last_eval = last_checkpoint = state["elapsed"]
+    while True:
+        now = time.monotonic()
+        state["elapsed"] = now - start
+        progress = min(state["step"] / max_steps if max_steps else state["elapsed"] / (budget_hours * 3600), 1.0)
+        done = progress >= 1.0
+        save = done or stopped or state["elapsed"] - last_checkpoint >= 60 * checkpoint_minutes
+
+        # evaluate
+        if done or (state["elapsed"] - last_eval >= 60 * eval_minutes and not stopped):
+            require_finite()
+            val_loss, val_accuracy = evaluate(model, val_rows, mask_id, where)
+            write_log(val_loss=val_loss, val_accuracy=val_accuracy)
+            last_eval = state["elapsed"] = time.monotonic() - start
+
+        # save
+        if save:
+            require_finite()
+            with replace_file(out / "ckpt.pt") as f:
+                own = {k: v for k, v in config.items() if k not in FREE_KEYS}
+                parts = {"model": model.state_dict(), "optimizer": opt.state_dict(), "scaler": scaler.state_dict()}
+                torch.save({**parts, **state, "rng": torch.get_rng_state(), "config": own}, f)
+            last_checkpoint = state["elapsed"]
+
+        # stop
+        if done:
+            break
+        if stopped:
+            how = "the same command" if resume == "auto" else "--resume=auto"
+            sys.exit(f"train.py: stopped and saved at step {state['step']:,}; {how} continues")
+        timer += time.monotonic() - now
+
+        # step
+        lr = learning_rate * learning_rate_factor(progress)
+        for group in opt.param_groups:
+            group["lr"] = lr
+        rows, rng = batch_rows(progress), torch.get_rng_state()
+        ids = next_rows(train_rows, state["rows"], rows, where)
+        # the masks of a step depend on seed and step alone, not on how its batch is split
+        generator.manual_seed(int(np.random.SeedSequence([seed, state["step"]]).generate_state(1)[0]))
+        inputs, positions, targets = mask_tokens(ids, count, mask_id, vocab_size, generator, mask_80_10_10)
+        for i in range(0, rows, micro_batch_size):
+            part = slice(i, i + micro_batch_size)
+            batch = inputs[part], flat(positions[part], seq_len), targets[part].flatten()
+            if compile and state["step"] == first_step and i == 0:
+                step_model = compiled(model, scaler, *batch)
+            if stopped:
+                break
+            loss = step_model(*batch) * (micro_batch_size / rows)
+            scaler.scale(loss).backward()
+            loss_sum += loss.detach()
+        if stopped:  # do not let a large batch delay the checkpoint; this step is done again, from its start
+            opt.zero_grad(set_to_none=True)
+            torch.set_rng_state(rng)
+            continue
+        scaler.unscale_(opt)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        scaler.step(opt)
+        scaler.update()
+        opt.zero_grad(set_to_none=True)
+        if (state["rows"] + rows) // len(train_rows) > state["rows"] // len(train_rows):
+            tqdm.write(f"the corpus ends at step {state['step']:,}; it starts again, with other masks")
+        state["step"] += 1
+        state["tokens"] += rows * seq_len
+        state["rows"] += rows
+
+        # log
+        steps, tokens = steps + 1, tokens + rows * seq_len
+        if state["step"] == first_step + 1 and log_seconds:
+            loss_sum.item()  # waits for the device; the first step compiles, so its time says nothing about the speed
+            tokens, timer = 0, time.monotonic()
+        elif time.monotonic() - timer >= log_seconds:
+            require_finite()
+            speed = tokens / (time.monotonic() - timer)
+            state["elapsed"] = time.monotonic() - start
+            if not speed_said and not max_steps:
+                seen = state["tokens"] + speed * (budget_hours * 3600 - state["elapsed"])
+                tqdm.write(
+                    f"{budget_hours:.3g} h of budget, the corpus lasts {train_rows.size / speed / 3600:.3g} h at "
+                    f"{speed:,.0f} tokens/s: {seen / train_rows.size:.0%} of one epoch"
+                )
+                if meta["settings"]["order"] != "shuffle" and seen < 0.9 * train_rows.size:
+                    tqdm.write(
+                        f"train.py: warning: the corpus is sorted by {meta['settings']['order']} and only its head will be "
+                        f"seen; prepare.py with max_rows={seen / seq_len:.0f} cuts after sorting, max_chars before"
+                    )
+                speed_said = True
+            write_log(
+                loss=loss_sum.item() / steps,
+                lr=lr,
+                batch_size=rows,
+                grad_norm=float(grad_norm) if math.isfinite(grad_norm) else None,
+                tokens_per_s=speed,
+                mfu=speed * flops / peak,
+            )
+            steps = tokens = 0
+            loss_sum.zero_()
+            timer = time.monotonic()
+
+    bar.close()
+    write_json(out / "rules.json", rules_record(meta["settings"], state["elapsed"] / 3600, where))
+    with replace_file(out / "model.pt") as f:
+        torch.save({"config": vars(model.config), "model": model.state_dict()}, f)
+    print(
+        f"{out / 'model.pt'}: val_loss {val_loss:.3f} nats after {state['elapsed'] / 3600:.3f} h, {state['step']:,} steps, "
+        f"{state['tokens'] / 1e6:.1f} M tokens, {flops * state['tokens'] / 1e18:.3g} exaFLOP"
+    )
+
+
+if __name__ == "__main__":
+    config = configure(__file__, also=["model.py"])
+    globals().update({k: v for k, v in config.items() if k in globals()})
+    try:
+        main(config)
+    except torch.OutOfMemoryError:
+        half = max(micro_batch_size // 2, 1)
+        sys.exit(f"train.py: out of memory; --micro_batch_size={half} needs less and gives the same result")
+    except OSError as e:
+        sys.exit(f"train.py: {e.strerror or e}: {e.filename or out_dir}; what was saved before is intact")
