@@ -10,6 +10,7 @@ import csv
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import median, stdev
 
@@ -21,12 +22,13 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from configurator import configure, replace_file, write_json
+from export_hf import load_bert
 from model import BERT, Classifier, Config
 from train import pick_device, pick_dtype
 
 out_dir = "out/demo"  # folder of the run
 dataset = "demo"  # corpus of the run; its offline tasks, if any, are in data/<dataset>/tasks
-glue_init = "run"  # {run, scratch} start from the run's model.pt, or from a random initialisation of the same model
+glue_init = "run"  # start: run (its model.pt), scratch (random weights), or the folder or hub id of a Hugging Face BERT
 tasks = ["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"]  # of these, wnli, docs_package, docs_next
 glue_dir = ""  # folder in the layout of the official download (CoLA/train.tsv, ...); empty = nyu-mll/glue from the hub
 glue_epochs = 5  # [1, inf) epochs; the rules allow up to 5
@@ -173,21 +175,22 @@ def load_task(task):
 # Batches
 
 
-def join(a, b, ids):
+def join(a, b, ids, last_sep=True):
     """`<cls> A <sep> B <sep>`, with an empty B for one text [repo], cut to glue_max_len from the longer of the two."""
     keep = glue_max_len - 3
     if len(a) + len(b) > keep:
         n_b = min(len(b), max(keep - len(a), keep // 2))
         a, b = a[: keep - n_b], b[:n_b]
-    return [ids["cls"], *a, ids["sep"], *b, ids["sep"]]
+    return [ids["cls"], *a, ids["sep"], *b, *[ids["sep"]] * last_sep]
 
 
 def encode(tokenizer, ids, examples):
-    """Token ids (a list a row) and labels of the examples."""
+    """Token ids (a list a row) and labels of the examples. BERT itself is given `[CLS] A [SEP]`, as it was trained."""
+    one_sep = glue_init not in ("run", "scratch") and examples[0][1] is None
     sides = ([a for a, _, _ in examples], [b or "" for _, b, _ in examples])
     a, b = ([e.ids for e in tokenizer.encode_batch_fast(side, add_special_tokens=False)] for side in sides)
     labels = np.array([y for _, _, y in examples])
-    return [join(x, y, ids) for x, y in zip(a, b)], labels if labels.dtype == int else labels.astype(np.float32)
+    return [join(x, y, ids, not one_sep) for x, y in zip(a, b)], labels if labels.dtype == int else labels.astype(np.float32)
 
 
 def batches(lengths, size, rng=None):
@@ -204,23 +207,27 @@ def batches(lengths, size, rng=None):
     return [found[i] for i in rng.permutation(len(found))]
 
 
-def collate(rows, index, pad, where):
-    """Padded ids and mask, both (B, T), T a multiple of 8."""
+def collate(rows, index, ids, where):
+    """Padded ids, mask and segments (1 behind the first <sep>), each (B, T), T a multiple of 8."""
     lengths = torch.tensor([len(rows[i]) for i in index])
-    ids = np.full((len(index), -(-int(lengths.max()) // 8) * 8), pad)
-    for line, i in zip(ids, index):
+    tokens = np.full((len(index), -(-int(lengths.max()) // 8) * 8), ids["pad"])
+    for line, i in zip(tokens, index):
         line[: len(rows[i])] = rows[i]
-    return torch.from_numpy(ids).to(where), (torch.arange(ids.shape[1]) < lengths[:, None]).to(where)
+    tokens = torch.from_numpy(tokens)
+    mask = torch.arange(tokens.size(1)) < lengths[:, None]
+    is_sep = (tokens == ids["sep"]).long()
+    types = ((is_sep.cumsum(1) - is_sep) > 0).long() * mask
+    return tokens.to(where), mask.to(where), types.to(where)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def finetune(make_bert, train, dev, n_classes, seed, pad, where, bar):
+def finetune(make_model, train, dev, n_classes, seed, ids, where, bar):
     """One run on train (rows, labels). Returns the predictions {dev set: classes or values} after the last epoch."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    model = Classifier(make_bert(), n_classes, glue_pooling, glue_dropout).to(where).train()
+    model = make_model(n_classes).to(where).train()
     decay = {"lr": glue_learning_rate, "weight_decay": glue_weight_decay}
     opt = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), eps=1e-6, fused=True, **decay)
     scaler = torch.amp.GradScaler(where, enabled=model.bert.dtype == torch.float16)
@@ -235,7 +242,7 @@ def finetune(make_bert, train, dev, n_classes, seed, pad, where, bar):
             factor = p / w if p < w else 0.5 * (1 + math.cos(math.pi * (p - w) / (1 - w)))
             for group in opt.param_groups:
                 group["lr"] = glue_learning_rate * factor
-            out = model(*collate(rows, index, pad, where))
+            out = model(*collate(rows, index, ids, where))
             y = labels[index].to(where)
             loss = F.mse_loss(out[:, 0], y.float()) if n_classes == 1 else F.cross_entropy(out, y)
             scaler.scale(loss).backward()
@@ -243,7 +250,7 @@ def finetune(make_bert, train, dev, n_classes, seed, pad, where, bar):
             scaler.update()
             opt.zero_grad(set_to_none=True)
             bar.update(len(index))
-    if not math.isfinite(loss):
+    if not math.isfinite(loss.item()):
         sys.exit(f"finetune_glue.py: the loss is {float(loss)} at the end; lower glue_learning_rate, or --dtype=float32")
     model.eval()
     predictions = {}
@@ -251,7 +258,7 @@ def finetune(make_bert, train, dev, n_classes, seed, pad, where, bar):
         for name, (rows, _) in dev.items():
             predictions[name] = np.zeros(len(rows))
             for index in batches(np.array([len(r) for r in rows]), 64):
-                out = model(*collate(rows, index, pad, where))
+                out = model(*collate(rows, index, ids, where))
                 predictions[name][index] = (out[:, 0] if n_classes == 1 else out.argmax(-1)).cpu()
     return predictions
 
@@ -271,10 +278,11 @@ def averages(row):
 
 def rules_line(card, record):
     """Whether the scores are inside the rules of cramming, and which rule is broken if not."""
-    if not record:
+    if not record and {"run", "scratch"} & card["rows"].keys():
         return "unknown, since rules.json of the pretraining run is missing"
     broken = [f"{rule} ({entry['did']})" for rule, entry in record.items() if not entry["ok"]]
     settings = [entry["settings"] for row in card["rows"].values() for entry in row.values()]
+    broken += [f"2 (the row {init} starts from pretrained weights)" for init in card["rows"] if init not in ("run", "scratch")]
     if any(s["glue_epochs"] > 5 for s in settings):
         broken.append("5 brief fine-tuning (more than 5 epochs)")
     if any(s != settings[0] for s in settings):
@@ -307,7 +315,7 @@ def card_text(card):
             own = [row[t]["median"] for t in group if t in row]
             values = averages(row) if complete else [sum(own) / len(group) if len(own) == len(group) else None]
             cells += ["" if v is None else f"{v:.1f}" for v in values]
-            lines.append(f"| {names[init]} | " + " | ".join(cells) + " |")
+            lines.append(f"| {names.get(init, init)} | " + " | ".join(cells) + " |")
         lines.append("")
     seeds = sorted({len(entry["scores"]) for row in rows.values() for entry in row.values()})
     lines.append(f"Median ± standard deviation over {' or '.join(map(str, seeds))} fine-tuning seeds, in percent.")
@@ -328,12 +336,17 @@ def write_card(out, card):
         f.write(card_text(card).encode())
 
 
-def load_run(out):
-    """(Config, weights, tokenizer, special ids) of a finished run. Loads weights only: the file can run no code."""
+def load_start(out):
+    """(Config, weights, tokenizer, special ids, pretrained pooler or None) of the run, or of a Hugging Face BERT."""
+    pooler = None
     try:
-        saved = torch.load(out / "model.pt", map_location="cpu", weights_only=True)
-        model_config, weights = Config(**saved["config"] | {"dropout": glue_dropout}), saved["model"]
-        tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
+        if glue_init not in ("run", "scratch"):
+            model_config, weights, tokenizer, pooler = load_bert(glue_init)
+            model_config = replace(model_config, dropout=glue_dropout)
+        else:
+            saved = torch.load(out / "model.pt", map_location="cpu", weights_only=True)  # can run no code
+            model_config, weights = Config(**saved["config"] | {"dropout": glue_dropout}), saved["model"]
+            tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
     except FileNotFoundError:
         sys.exit(f"finetune_glue.py: {out / 'model.pt'} does not exist; run train.py with the same config first")
     except Exception as e:
@@ -349,19 +362,23 @@ def load_run(out):
     for name in ("pad", "cls", "sep"):
         found = tokenizer.token_to_id(f"<{name}>")
         ids[name] = tokenizer.token_to_id(f"[{name.upper()}]") if found is None else found
-    return model_config, weights, tokenizer, ids
+    return model_config, weights, tokenizer, ids, pooler
 
 
 def main(config):
     out, where = Path(out_dir), pick_device(device)
-    model_config, weights, tokenizer, ids = load_run(out)
+    model_config, weights, tokenizer, ids, pooler = load_start(out)
+    out.mkdir(parents=True, exist_ok=True)
 
-    def make_bert():
+    def make_model(n_classes):
         bert = BERT(model_config)
-        if glue_init == "run":
+        if glue_init != "scratch":
             bert.load_state_dict(weights)
         bert.dtype = pick_dtype(where, dtype)
-        return bert
+        model = Classifier(bert, n_classes, glue_pooling, glue_dropout, len(pooler["bias"]) if pooler else 1024)
+        if pooler:
+            model.pooler.load_state_dict(pooler)
+        return model
 
     own = {k: v for k, v in config.items() if k in globals()}
     settings = {k: v for k, v in own.items() if k.startswith("glue_") and k not in ("glue_dir", "glue_init", "glue_seeds")}
@@ -384,7 +401,7 @@ def main(config):
     with tqdm(total=total, unit=" examples", disable=None, smoothing=0) as bar:
         for task, seed, train, dev, n_classes, entry in jobs:
             bar.set_description(f"{glue_init}: {task}, seed {seed}")
-            predictions = finetune(make_bert, train, dev, n_classes, seed, ids["pad"], where, bar)
+            predictions = finetune(make_model, train, dev, n_classes, seed, ids, where, bar)
             for name, (_, labels) in dev.items():
                 scores = row[name]["scores"][:seed] if seed else []
                 scores.append(METRICS[entry["metric"]](predictions[name], labels))

@@ -1,9 +1,11 @@
-"""The crammed BERT (Geiping & Goldstein, arXiv 2212.14034) as one file of plain PyTorch.
+"""The crammed BERT (Geiping & Goldstein, arXiv 2212.14034), and the models it is compared with, as plain PyTorch.
 
-Notable choices: pre-norm, with one more norm behind the embedding and one before the head; no bias in any linear layer;
-a gated feed-forward; positions by a fixed sinusoid times one learned scalar, or rotary; no head transform, and a decoder
-that is the embedding matrix; logits only where a token is masked. Weights are fp32, and each layer casts them to the
-dtype of its input, which replaces autocast: `model.dtype` is the dtype of all activations and of the residual stream.
+The defaults are the crammed BERT: pre-norm, with one more norm behind the embedding and one before the head; no bias in
+any linear layer; a gated feed-forward; positions by a fixed sinusoid times one learned scalar; no head transform, and a
+decoder that is the embedding matrix. The switches of Config lead to BERT-base and to what the paper tries between them.
+
+Logits are computed only where a token is masked. Weights are fp32, and each layer casts them to the dtype of its input,
+which replaces autocast: `model.dtype` is the dtype of all activations and of the residual stream.
 """
 
 import math
@@ -20,23 +22,59 @@ class Config:
     n_layer: int = 16  # [1, inf) transformer blocks
     n_head: int = 12  # [1, inf) attention heads
     n_embd: int = 768  # [1, inf) width of the residual stream
-    n_inner: int = 3072  # [2, inf) width of the feed-forward layer, both halves of the gated one together
+    n_inner: int = 3072  # [2, inf) width of the feed-forward layer, both halves of a gated one together
     max_len: int = 512  # [1, inf) longest sequence, in tokens
-    norm_eps: float = 1e-12  # (0, 1) epsilon of the layer norms
-    position: str = "scaled_sinusoidal"  # {scaled_sinusoidal, rotary} how attention learns about order
+    norm: str = "layernorm"  # {layernorm, rmsnorm} kind of all norms
+    norm_place: str = "pre"  # {pre, post} norm before each sublayer, or behind its residual sum
+    norm_eps: float = 1e-12  # (0, 1) epsilon of the norms
+    bias: bool = False  # biases in the linear layers of the blocks and of the head transform
+    activation: str = "gelu"  # {gelu, relu, relu2} of the feed-forward layer; relu2 is the square of relu
+    glu: bool = True  # gated feed-forward: activation of one half times the other half
+    position: str = "scaled_sinusoidal"  # {scaled_sinusoidal, sinusoidal, learned, rotary, none} how order gets in
     rotary_base: float = 10000.0  # (1, inf) longest wavelength of the rotary positions, in tokens over 2 pi
+    attention: str = "softmax"  # {softmax, fourier, flash} flash is the gated attention unit, without a feed-forward layer
     qk_norm: bool = False  # RMS-normalise queries and keys, without weights
+    embedding_norm: bool = True  # norm behind the embeddings
+    final_norm: bool = True  # norm before the head
+    head_transform: bool = False  # linear layer, GELU and norm before the decoder
+    decoder_bias: bool = False  # a bias for each token of the vocabulary
+    tie_weights: bool = True  # the decoder is the embedding matrix
+    token_types: int = 0  # [0, inf) kinds of segment embeddings, 0 = none; BERT has 2
     dropout: float = 0.0  # [0, 1) dropout on embeddings, attention and residual branches in pretraining
 
 
-class Linear(nn.Linear):
-    """Bias-free linear layer that casts its fp32 weight to the dtype of its input."""
+ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "relu2": lambda x: F.relu(x).square()}
+FLASH_WIDTH = 128  # of the shared queries and keys of the gated attention unit
 
-    def __init__(self, n_in, n_out):
-        super().__init__(n_in, n_out, bias=False)
+
+def require_possible(config):
+    """Raises ValueError, one line, for a Config that no model answers to."""
+    c, width = config, config.n_embd // config.n_head
+    rules = [
+        (c.n_embd % c.n_head, f"n_embd = {c.n_embd} is not divisible by n_head = {c.n_head}"),
+        (
+            c.position == "rotary" and c.attention == "softmax" and width % 2,
+            f"rotary positions need an even head width, not {width}",
+        ),
+        (
+            c.position == "rotary" and c.attention == "fourier",
+            "position=rotary turns queries and keys, attention=fourier has none",
+        ),
+        (c.qk_norm and c.attention != "softmax", f"qk_norm is for attention=softmax, not for {c.attention}"),
+        (c.attention == "flash" and c.norm_place == "post", "attention=flash is defined with norm_place=pre only"),
+        (c.attention == "flash" and not c.glu, "attention=flash is gated; it needs glu=True"),
+        (c.glu and c.n_inner % 2, f"n_inner = {c.n_inner} must be even: it holds both halves of the gated layer"),
+    ]
+    for broken, message in rules:
+        if broken:
+            raise ValueError(message)
+
+
+class Linear(nn.Linear):
+    """Linear layer that casts its fp32 weights to the dtype of its input."""
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class LayerNorm(nn.LayerNorm):
@@ -44,6 +82,17 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x):
         return super().forward(x.float()).to(x.dtype)
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMS norm (Zhang & Sennrich 2019), always in fp32."""
+
+    def forward(self, x):
+        return super().forward(x.float()).to(x.dtype)
+
+
+def make_norm(config):
+    return {"layernorm": LayerNorm, "rmsnorm": RMSNorm}[config.norm](config.n_embd, eps=config.norm_eps)
 
 
 def sinusoid(max_len, width):
@@ -59,7 +108,7 @@ def rotary_tables(max_len, width, base):
 
 
 def rotate(x, cos, sin):
-    """Rotate each pair (x_i, x_{i + width/2}) of x (B, H, T, width) by the angle of its position.
+    """Rotate each pair (x_i, x_{i + width/2}) of x (..., T, width) by the angle of its position.
 
     Written with roll: torch 2.13 compiles the usual chunk-and-cat to wrong bf16 gradients on a CPU.
     """
@@ -85,87 +134,148 @@ def attend(q, k, v, mask, p):
 
 
 class Block(nn.Module):
+    """Attention and feed-forward sublayers with residual branches; with attention=flash one unit that is both."""
+
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.dropout, self.qk_norm = config.n_head, config.dropout, config.qk_norm
-        self.norm1 = LayerNorm(config.n_embd, eps=config.norm_eps)
-        self.qkv = Linear(config.n_embd, 3 * config.n_embd)
-        self.out = Linear(config.n_embd, config.n_embd)
-        self.norm2 = LayerNorm(config.n_embd, eps=config.norm_eps)
-        self.up = Linear(config.n_embd, config.n_inner)
-        self.down = Linear(config.n_inner // 2, config.n_embd)
+        self.config, D = config, config.n_embd
+        inner = config.n_inner // 2 if config.glu else config.n_inner
+        self.norm1 = make_norm(config)
+        if config.attention == "softmax":
+            self.qkv = Linear(D, 3 * D, config.bias)
+            self.out = Linear(D, D, config.bias)
+        if config.attention == "flash":
+            self.qk = Linear(D, FLASH_WIDTH, config.bias)
+            self.qk_scale = nn.Parameter(torch.empty(2, FLASH_WIDTH).normal_(std=0.02))
+            self.qk_offset = nn.Parameter(torch.zeros(2, FLASH_WIDTH))
+        else:
+            self.norm2 = make_norm(config)
+        self.up = Linear(D, config.n_inner, config.bias)
+        self.down = Linear(inner, D, config.bias)
 
-    def attention(self, x, mask, rotary):
+    def softmax(self, x, mask, rotary):
         B, T, D = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)
-        if self.qk_norm:
+        q, k, v = self.qkv(x).view(B, T, 3, self.config.n_head, -1).permute(2, 0, 3, 1, 4)
+        if self.config.qk_norm:
             q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
+        y = attend(q, k, v, mask, self.config.dropout if self.training else 0.0)
         return self.out(y.transpose(1, 2).reshape(B, T, D))
 
+    def fourier(self, x, mask, rotary):
+        """Fourier mixing (Lee-Thorp et al. 2021). It has no notion of padding: what stands there is mixed in."""
+        return torch.fft.fft2(x.float()).real.to(x.dtype)
+
+    def flash(self, x, mask, rotary):
+        """The gated attention unit of Hua et al. 2022, quadratic form: (gate * relu^2(q k^T / n) v) W."""
+        value, gate = F.silu(self.up(x)).chunk(2, dim=-1)
+        shared = F.silu(self.qk(x))
+        q, k = (shared * s + o for s, o in zip(self.qk_scale.to(x.dtype), self.qk_offset.to(x.dtype)))
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        n = (
+            x.size(1) if mask is None else mask.sum(-1, keepdim=True)
+        )  # (B, 1, 1): the tokens to see, so that padding changes nothing
+        scores = F.relu(q @ k.transpose(-2, -1) / n).square()
+        scores = scores if mask is None else scores.masked_fill(~mask, 0.0)
+        return self.down(gate * (dropout(scores.to(x.dtype), self.config.dropout, self.training) @ value))
+
     def feed_forward(self, x):
-        value, gate = self.up(x).chunk(2, dim=-1)
-        return self.down(F.gelu(gate) * value)
+        x, activation = self.up(x), ACTIVATIONS[self.config.activation]
+        if self.config.glu:
+            value, gate = x.chunk(2, dim=-1)
+            return self.down(activation(gate) * value)
+        return self.down(activation(x))
+
+    def residual(self, x, norm, sublayer, *args):
+        p, pre = self.config.dropout, self.config.norm_place == "pre"
+        y = x + dropout(sublayer(norm(x) if pre else x, *args), p, self.training)
+        return y if pre else norm(y)
 
     def forward(self, x, mask, rotary):
-        x = x + dropout(self.attention(self.norm1(x), mask, rotary), self.dropout, self.training)
-        return x + dropout(self.feed_forward(self.norm2(x)), self.dropout, self.training)
+        """x (B, T, width); mask (B, T) bool, True at real tokens, or None; rotary the tables of `rotate`, or None."""
+        kind = self.config.attention
+        if kind == "flash":
+            return self.residual(x, self.norm1, self.flash, None if mask is None else mask[:, None], rotary)
+        mask = None if mask is None else mask[:, None, None]
+        x = self.residual(x, self.norm1, self.softmax if kind == "softmax" else self.fourier, mask, rotary)
+        return self.residual(x, self.norm2, self.feed_forward)
 
 
 class BERT(nn.Module):
     """A masked language model. Raises ValueError for a Config that no model answers to.
 
-    Init [repo]: every weight matrix from N(0, 0.02), norms 1 and 0, the position scalar 1 / sqrt(width).
+    Init [repo]: every matrix from N(0, 0.02), biases 0, norms 1 and 0, the position scalar 1 / sqrt(width).
     """
 
     def __init__(self, config):
         super().__init__()
-        if config.n_embd % config.n_head:
-            raise ValueError(f"n_embd = {config.n_embd} is not divisible by n_head = {config.n_head}")
-        if config.position == "rotary" and config.n_embd // config.n_head % 2:
-            raise ValueError(
-                f"rotary positions need an even head width, not n_embd / n_head = {config.n_embd // config.n_head}"
-            )
-        if config.n_inner % 2:
-            raise ValueError(f"n_inner = {config.n_inner} must be even: it holds both halves of the gated layer")
-        self.config = config
+        require_possible(config)
+        self.config, D = config, config.n_embd
         self.dtype = torch.float32  # of the activations; the weights stay fp32
-        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.embedding = nn.Embedding(config.vocab_size, D)
+        if config.token_types:
+            self.type_embedding = nn.Embedding(config.token_types, D)
+        if config.position == "learned":
+            self.position_embedding = nn.Embedding(config.max_len, D)
         if config.position == "scaled_sinusoidal":
-            self.position_scale = nn.Parameter(torch.tensor([config.n_embd**-0.5]))
-            self.register_buffer("sinusoid", sinusoid(config.max_len, config.n_embd), persistent=False)
-        else:
-            cos, sin = rotary_tables(config.max_len, config.n_embd // config.n_head, config.rotary_base)
+            self.position_scale = nn.Parameter(torch.tensor([D**-0.5]))
+        if config.position in ("scaled_sinusoidal", "sinusoidal"):
+            self.register_buffer("sinusoid", sinusoid(config.max_len, D), persistent=False)
+        if config.position == "rotary":
+            width = FLASH_WIDTH if config.attention == "flash" else D // config.n_head
+            cos, sin = rotary_tables(config.max_len, width, config.rotary_base)
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
-        self.embedding_norm = LayerNorm(config.n_embd, eps=config.norm_eps)
+        self.embedding_norm = make_norm(config) if config.embedding_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.final_norm = LayerNorm(config.n_embd, eps=config.norm_eps)
+        self.final_norm = make_norm(config) if config.final_norm else nn.Identity()
+        if config.head_transform:
+            self.transform = Linear(D, D, config.bias)
+            self.transform_norm = make_norm(config)
+        if not config.tie_weights:
+            self.decoder = Linear(D, config.vocab_size, bias=False)
+        if config.decoder_bias:
+            self.decoder_bias = nn.Parameter(torch.zeros(config.vocab_size))
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
 
-    def encode(self, ids, mask=None):
-        """ids (B, T) int64; mask (B, T) bool, True at real tokens, None = all real. Returns (B, T, width)."""
-        T = ids.size(1)
-        if T > self.config.max_len:
-            raise ValueError(f"a sequence of {T} tokens is longer than max_len = {self.config.max_len}")
+    def encode(self, ids, mask=None, types=None):
+        """Hidden states (B, T, width) of ids (B, T) int64.
+
+        mask: (B, T) bool, True at real tokens; None = all are. types: (B, T) segment ids; None = all 0.
+        """
+        T, c = ids.size(1), self.config
+        if T > c.max_len:
+            raise ValueError(f"a sequence of {T} tokens is longer than max_len = {c.max_len}")
         x, rotary = self.embedding(ids), None
-        if self.config.position == "scaled_sinusoidal":
+        if c.token_types:
+            x = x + (self.type_embedding.weight[0] if types is None else self.type_embedding(types))
+        if c.position == "learned":
+            x = x + self.position_embedding.weight[:T]
+        elif c.position == "scaled_sinusoidal":
             x = x + self.position_scale * self.sinusoid[:T]
-        else:
+        elif c.position == "sinusoidal":
+            x = x + self.sinusoid[:T]
+        elif c.position == "rotary":
             rotary = self.cos[:T].to(self.dtype), self.sin[:T].to(self.dtype)
-        x = dropout(self.embedding_norm(x.to(self.dtype)), self.config.dropout, self.training)
-        mask = None if mask is None else mask[:, None, None, :]
+        x = dropout(self.embedding_norm(x.to(self.dtype)), c.dropout, self.training)
         for block in self.blocks:
             x = block(x, mask, rotary)
         return self.final_norm(x)
 
     def logits(self, hidden):
-        """Hidden states (..., width) to logits (..., vocab_size) with the tied decoder."""
-        return F.linear(hidden, self.embedding.weight.to(hidden.dtype))
+        """Hidden states (..., width) to logits (..., vocab_size)."""
+        c = self.config
+        if c.head_transform:
+            hidden = self.transform_norm(F.gelu(self.transform(hidden)))
+        weight = self.embedding.weight if c.tie_weights else self.decoder.weight
+        bias = self.decoder_bias.to(hidden.dtype) if c.decoder_bias else None
+        return F.linear(hidden, weight.to(hidden.dtype), bias)
 
     def forward(self, ids, positions, targets=None):
         """Logits (N, vocab_size) at `positions`, N indices into the flat batch; with targets (N,) the mean loss in nats."""
@@ -176,21 +286,21 @@ class BERT(nn.Module):
 class Classifier(nn.Module):
     """The encoder with the head of the paper's GLUE runs: pool -> Linear(width, 1024) -> tanh -> dropout -> Linear.
 
-    Takes over a BERT's weights; its decoder is the embedding and costs nothing here. n_classes = 1 for regression.
+    n_classes = 1 for regression. pooler_width: 1024 in the paper, the model's own width for BERT's pretrained pooler.
     """
 
-    def __init__(self, bert, n_classes, pooling="first", dropout=0.1):
+    def __init__(self, bert, n_classes, pooling="first", dropout=0.1, pooler_width=1024):
         super().__init__()
         self.bert, self.pooling, self.dropout = bert, pooling, dropout
-        self.pooler = nn.Linear(bert.config.n_embd, 1024)
-        self.head = nn.Linear(1024, n_classes)
+        self.pooler = nn.Linear(bert.config.n_embd, pooler_width)
+        self.head = nn.Linear(pooler_width, n_classes)
         for layer in (self.pooler, self.head):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, ids, mask):
-        """ids and mask (B, T) as in BERT.encode. Returns (B, n_classes) in fp32."""
-        hidden = self.bert.encode(ids, mask)
+    def forward(self, ids, mask, types=None):
+        """ids, mask and types (B, T) as in BERT.encode. Returns (B, n_classes) in fp32."""
+        hidden = self.bert.encode(ids, mask, types)
         if self.pooling == "first":
             pooled = hidden[:, 0].float()
         else:
@@ -201,10 +311,11 @@ class Classifier(nn.Module):
 def flops_per_token(config, seq_len, n_masked):
     """Model FLOPs of one training token, forward and backward (3 x forward), the head counted only at masked positions.
 
-    n_masked: masked positions in a row of seq_len tokens. A multiply-add is two FLOPs; norms and softmax are not counted.
+    n_masked: masked positions in a row of seq_len tokens. A multiply-add is two FLOPs. Norms, softmax and the Fourier
+    transform are not counted.
     """
-    D = config.n_embd
-    weights = config.n_layer * (4 * D * D + D * config.n_inner + config.n_inner // 2 * D)
-    attention = config.n_layer * 2 * D * seq_len  # q k^T and the weighted sum of v
-    head = config.vocab_size * D * n_masked / seq_len
-    return math.floor(3 * 2 * (weights + attention + head))
+    D, inner = config.n_embd, config.n_inner // 2 if config.glu else config.n_inner
+    mixing = {"softmax": 4 * D * D, "fourier": 0, "flash": D * FLASH_WIDTH}[config.attention]
+    scores = {"softmax": 2 * D, "fourier": 0, "flash": FLASH_WIDTH + inner}[config.attention] * seq_len  # q k^T, and times v
+    head = (config.vocab_size * D + config.head_transform * D * D) * n_masked / seq_len
+    return math.floor(3 * 2 * (config.n_layer * (mixing + scores + D * config.n_inner + inner * D) + head))

@@ -33,7 +33,7 @@ def comparable(runs):
 
 
 def draw(runs, file):
-    fig, axes = plt.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
+    fig, axes = plt.subplots(2, 2, sharex=True, figsize=(11, 7), constrained_layout=True)
     panels = [("loss", "training loss (nats per masked token)"), ("val_loss", "validation loss (nats per masked token)")]
     panels += [("lr", "learning rate"), ("tokens_per_s", "tokens per second")]
     for run, color in zip(runs, COLORS * len(runs)):

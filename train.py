@@ -38,7 +38,8 @@ learning_rate = 1e-3  # (0, inf) peak learning rate
 schedule = "triangle"  # {constant, linear, cosine, triangle, trapezoid} learning rate over progress
 warmup = 0.0  # [0, 1) share of progress with a linear warm-up; the triangle has its own
 cooldown = 0.25  # (0, 1] share of progress in which triangle and trapezoid fall to zero
-weight_decay = 0.01  # [0, inf) decoupled decay of matrices and embeddings, none on norms and scalars
+optimizer = "adamw"  # {adamw, adam} adam has L2 decay in the gradient, as BERT had
+weight_decay = 0.01  # [0, inf) decay of matrices and embeddings, none on norms, biases and scalars
 beta1 = 0.9  # [0, 1) Adam's decay of the first moment
 beta2 = 0.98  # [0, 1) Adam's decay of the second moment
 adam_eps = 1e-12  # (0, inf) Adam's epsilon
@@ -311,7 +312,8 @@ def main(config):
     decay = [p for p in model.parameters() if p.ndim >= 2]
     no_decay = [p for p in model.parameters() if p.ndim < 2]  # deviation: [repo] decays the position scalar
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
-    opt = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), eps=adam_eps, fused=True)
+    make_optimizer = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[optimizer]
+    opt = make_optimizer(groups, lr=learning_rate, betas=(beta1, beta2), eps=adam_eps, fused=True)
     scaler = torch.amp.GradScaler(where, enabled=model.dtype == torch.float16)
 
     out.mkdir(parents=True, exist_ok=True)

@@ -28,4 +28,4 @@ learning_rate = 2e-3
 eval_minutes = 2.5
 checkpoint_minutes = 5.0
 
-glue_learning_rate = 3e-4  # 4e-5 suits 120 M parameters
+glue_learning_rate = 1e-4  # 4e-5 suits 120 M parameters

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY_MODEL
+from conftest import ROOT, TINY_MODEL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -184,3 +184,126 @@ def test_impossible_models_are_refused():
             bert(**changes)
     with pytest.raises(ValueError, match="65 tokens is longer than max_len = 64"):
         bert().encode(torch.zeros(1, 65, dtype=torch.long))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The switches
+
+
+SWITCHES = [
+    {"norm": "rmsnorm"},
+    {"norm_place": "post", "final_norm": False},
+    {"bias": True, "decoder_bias": True, "head_transform": True},
+    {"activation": "relu", "glu": False},
+    {"activation": "relu2"},
+    {"position": "learned", "token_types": 2},
+    {"position": "sinusoidal"},
+    {"position": "none", "embedding_norm": False},
+    {"attention": "fourier"},
+    {"attention": "flash"},
+    {"attention": "flash", "position": "rotary"},
+    {"tie_weights": False},
+]
+
+
+def label(changes):
+    return ",".join(f"{k}={v}" for k, v in changes.items())
+
+
+@pytest.mark.parametrize("changes", SWITCHES, ids=label)
+def test_every_switch_learns_and_has_gradients_everywhere(changes):
+    """Every parameter that a switch adds gets a gradient, and a few steps on one batch bring the loss far down."""
+    model = bert(**changes)
+    ids = torch.randint(50, (4, 16))
+    batch = ids, torch.arange(0, 64, 2), ids.flatten()[::2]
+    opt = torch.optim.Adam(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(60):
+        loss = model(*batch)
+        loss.backward()
+        missing = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+        assert not [n for n in missing if "qk_" not in n], missing  # relu^2 may be dead for one step
+        opt.step()
+        opt.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("changes", [c for c in SWITCHES if c.get("attention") != "fourier"], ids=label)
+def test_padding_changes_nothing_with_any_switch(changes):
+    model = bert(**changes).eval()
+    ids, mask = torch.randint(50, (2, 14)), torch.ones(2, 14, dtype=torch.bool)
+    mask[1, 9:] = False
+    together = model.encode(ids, mask)
+    assert torch.allclose(together[1, :9], model.encode(ids[1:, :9])[0], atol=1e-5)
+
+
+def test_fourier_against_scipy():
+    import scipy.fft
+
+    x = torch.randn(3, 10, 32)
+    mixed = bert(attention="fourier").blocks[0].fourier(x, None, None)
+    assert torch.allclose(mixed, torch.from_numpy(scipy.fft.fft2(x.numpy(), axes=(1, 2)).real), atol=1e-4)
+
+
+def test_gated_attention_unit_against_the_papers_formula():
+    """Hua et al. 2022, equation 1 and figure 2, written with einsum."""
+    block = bert(attention="flash").blocks[0]
+    x = torch.randn(2, 7, 32)
+    u, v = F.silu(x @ block.up.weight.T)[..., 32:], F.silu(x @ block.up.weight.T)[..., :32]
+    z = F.silu(x @ block.qk.weight.T)
+    q, k = (z * block.qk_scale[i] + block.qk_offset[i] for i in range(2))
+    a = F.relu(torch.einsum("bns,bms->bnm", q, k) / 7) ** 2
+    expected = (u * torch.einsum("bnm,bme->bne", a, v)) @ block.down.weight.T
+    assert torch.allclose(block.flash(x, None, None), expected, atol=1e-6)
+
+
+def test_norms_and_activations_against_torch():
+    x = torch.randn(4, 32)
+    norm = M.make_norm(Config(**tiny | {"norm": "rmsnorm"}))
+    assert torch.allclose(norm(x), x / (x.square().mean(-1, keepdim=True) + 1e-12).sqrt(), atol=1e-6)
+    block = bert().blocks[0]
+    value, gate = (x @ block.up.weight.T).chunk(2, -1)
+    geglu = value * torch.nn.GELU()(gate)
+    assert torch.allclose(block.feed_forward(x), geglu @ block.down.weight.T, atol=1e-6)
+    plain = bert(glu=False, activation="relu2").blocks[0]
+    assert torch.allclose(plain.feed_forward(x), (x @ plain.up.weight.T).clamp(min=0) ** 2 @ plain.down.weight.T, atol=1e-6)
+
+
+@pytest.mark.parametrize("name, expected", [("bert_base", 109_514_298), ("izsak", None)])
+def test_sizes_of_the_published_models(name, expected, monkeypatch):
+    """BERT-base without pooler and next-sentence head has 109,514,298 parameters, with a vocabulary of 30,522."""
+    monkeypatch.chdir(ROOT)
+    config = configure("train.py", [f"config/{name}.py"])
+    c = Config(**{k: config[k] for k in Config.__dataclass_fields__} | {"vocab_size": 30522})
+    with torch.device("meta"):
+        n = sum(p.numel() for p in BERT(c).parameters())
+    D = c.n_embd
+    block = 4 * D * D + 4 * D + 2 * D * c.n_inner + c.n_inner + D + 4 * D
+    assert n == (30522 + c.max_len + 2) * D + 2 * D + c.n_layer * block + D * D + 3 * D + 30522
+    assert expected in (None, n)
+
+
+@pytest.mark.parametrize("changes", SWITCHES, ids=label)
+def test_flops_of_every_switch(changes):
+    model, T, B, k = bert(**changes), 32, 4, 8
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randint(50, (B, T)), torch.arange(B * k), torch.randint(50, (B * k,))).backward()
+    assert flops_per_token(model.config, T, k) * B * T == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_one_graph_and_no_recompilation_with_a_batch_ramp():
+    """The step of train.py is compiled once: an evaluation between steps and other micro-batch counts change nothing."""
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    model = bert()
+    step = torch.compile(model, backend=counter, dynamic=False)
+    for n_micro in (1, 3, 2):
+        for _ in range(n_micro):
+            step(torch.randint(50, (4, 16)), torch.arange(0, 64, 4), torch.randint(50, (16,))).backward()
+        model.eval()
+        with torch.no_grad():
+            model(torch.randint(50, (7, 16)), torch.arange(5))
+        model.train()
+    assert counter.frame_count == 1

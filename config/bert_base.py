@@ -1,0 +1,28 @@
+# BERT-base (Devlin et al. 2019) trained in a wall-clock budget: the original architecture and optimizer, cosine to zero.
+exec(open("config/crammed.py").read())
+out_dir = "out/bert_base"
+
+order = "shuffle"  # the corpus as it comes
+filter_ratio = 0.0
+
+n_layer, n_head, n_embd, n_inner, max_len = 12, 12, 768, 3072, 512
+norm_place = "post"
+bias = True
+glu = False
+position = "learned"
+final_norm = False
+head_transform = True
+decoder_bias = True
+token_types = 2
+dropout = 0.1
+
+mask_rate = 0.15
+optimizer = "adam"
+learning_rate = 1e-4
+beta2 = 0.999
+adam_eps = 1e-8
+grad_clip = 0.0
+schedule = "cosine"
+warmup = 0.06
+batch_size = 512
+batch_ramp = 0.0

@@ -1,0 +1,14 @@
+# 24-hour BERT (Izsak et al. 2021, arXiv 2104.07705): BERT-large with pre-norm, a high learning rate, linear to zero in time.
+exec(open("config/bert_base.py").read())
+out_dir = "out/izsak"
+
+n_layer, n_head, n_embd, n_inner, max_len = 24, 16, 1024, 4096, 128
+norm_place = "pre"
+norm_eps = 1e-6
+
+optimizer = "adamw"
+learning_rate = 2e-3
+beta2 = 0.98
+adam_eps = 1e-6
+schedule = "linear"
+batch_size = 4096
