@@ -16,4 +16,3 @@ tasks = ["docs_package", "docs_next"]
 glue_epochs = 3
 glue_seeds = 2
 glue_max_train = 2000
-glue_learning_rate = 3e-4
