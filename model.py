@@ -49,17 +49,11 @@ FLASH_WIDTH = 128  # of the shared queries and keys of the gated attention unit
 
 def require_possible(config):
     """Raises ValueError, one line, for a Config that no model answers to."""
-    c, width = config, config.n_embd // config.n_head
+    c, width, rotary = config, config.n_embd // config.n_head, config.position == "rotary"
     rules = [
         (c.n_embd % c.n_head, f"n_embd = {c.n_embd} is not divisible by n_head = {c.n_head}"),
-        (
-            c.position == "rotary" and c.attention == "softmax" and width % 2,
-            f"rotary positions need an even head width, not {width}",
-        ),
-        (
-            c.position == "rotary" and c.attention == "fourier",
-            "position=rotary turns queries and keys, attention=fourier has none",
-        ),
+        (rotary and c.attention == "softmax" and width % 2, f"rotary positions need an even head width, not {width}"),
+        (rotary and c.attention == "fourier", "position=rotary turns queries and keys, attention=fourier has none"),
         (c.qk_norm and c.attention != "softmax", f"qk_norm is for attention=softmax, not for {c.attention}"),
         (c.attention == "flash" and c.norm_place == "post", "attention=flash is defined with norm_place=pre only"),
         (c.attention == "flash" and not c.glu, "attention=flash is gated; it needs glu=True"),
@@ -146,8 +140,8 @@ class Block(nn.Module):
             self.out = Linear(D, D, config.bias)
         if config.attention == "flash":
             self.qk = Linear(D, FLASH_WIDTH, config.bias)
-            self.qk_scale = nn.Parameter(torch.empty(2, FLASH_WIDTH).normal_(std=0.02))
-            self.qk_offset = nn.Parameter(torch.zeros(2, FLASH_WIDTH))
+            self.qk_scale = nn.Parameter(torch.empty(2 * FLASH_WIDTH).normal_(std=0.02))
+            self.qk_offset = nn.Parameter(torch.zeros(2 * FLASH_WIDTH))
         else:
             self.norm2 = make_norm(config)
         self.up = Linear(D, config.n_inner, config.bias)
@@ -171,12 +165,10 @@ class Block(nn.Module):
         """The gated attention unit of Hua et al. 2022, quadratic form: (gate * relu^2(q k^T / n) v) W."""
         value, gate = F.silu(self.up(x)).chunk(2, dim=-1)
         shared = F.silu(self.qk(x))
-        q, k = (shared * s + o for s, o in zip(self.qk_scale.to(x.dtype), self.qk_offset.to(x.dtype)))
+        q, k = (shared.repeat(1, 1, 2) * self.qk_scale.to(x.dtype) + self.qk_offset.to(x.dtype)).chunk(2, dim=-1)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        n = (
-            x.size(1) if mask is None else mask.sum(-1, keepdim=True)
-        )  # (B, 1, 1): the tokens to see, so that padding changes nothing
+        n = x.size(1) if mask is None else mask.sum(-1, keepdim=True)  # tokens to see: padding changes nothing
         scores = F.relu(q @ k.transpose(-2, -1) / n).square()
         scores = scores if mask is None else scores.masked_fill(~mask, 0.0)
         return self.down(gate * (dropout(scores.to(x.dtype), self.config.dropout, self.training) @ value))

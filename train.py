@@ -227,6 +227,16 @@ def compiled(model, scaler, *batch):
     return fast
 
 
+def make_optimizer(model):
+    """Matrices and embeddings decay; norms, biases and scalars do not (deviation: [repo] decays the position scalar)."""
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[optimizer]
+    return kind(groups, lr=learning_rate, betas=(beta1, beta2), eps=adam_eps, fused=True)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The files of a run
 
@@ -309,11 +319,7 @@ def main(config):
     if seq_len > model.config.max_len:
         sys.exit(f"train.py: the rows have {seq_len} tokens, more than max_len = {model.config.max_len}")
     model.dtype = pick_dtype(where, dtype)
-    decay = [p for p in model.parameters() if p.ndim >= 2]
-    no_decay = [p for p in model.parameters() if p.ndim < 2]  # deviation: [repo] decays the position scalar
-    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
-    make_optimizer = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[optimizer]
-    opt = make_optimizer(groups, lr=learning_rate, betas=(beta1, beta2), eps=adam_eps, fused=True)
+    opt = make_optimizer(model)
     scaler = torch.amp.GradScaler(where, enabled=model.dtype == torch.float16)
 
     out.mkdir(parents=True, exist_ok=True)

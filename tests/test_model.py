@@ -1,4 +1,5 @@
 import math
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as M
+import train
 from configurator import configure
 from model import BERT, Classifier, Config, flops_per_token
 
@@ -179,6 +181,11 @@ def test_impossible_models_are_refused():
         ({"n_head": 5}, "divisible"),
         ({"n_inner": 65}, "even"),
         ({"position": "rotary", "n_head": 32}, "even"),
+        ({"position": "rotary", "attention": "fourier"}, "has none"),
+        ({"qk_norm": True, "attention": "flash"}, "qk_norm is for attention=softmax"),
+        ({"qk_norm": True, "attention": "fourier"}, "qk_norm is for attention=softmax"),
+        ({"attention": "flash", "norm_place": "post"}, "norm_place=pre only"),
+        ({"attention": "flash", "glu": False}, "gated"),
     ]:
         with pytest.raises(ValueError, match=what):
             bert(**changes)
@@ -208,6 +215,17 @@ SWITCHES = [
 
 def label(changes):
     return ",".join(f"{k}={v}" for k, v in changes.items())
+
+
+@pytest.mark.parametrize("changes", [{}, *SWITCHES], ids=label)
+def test_weights_decay_by_name(changes):
+    """Every matrix and embedding decays, and nothing else: by the names, as people choose the groups elsewhere."""
+    model = bert(**changes)
+    names = {id(p): name for name, p in model.named_parameters()}
+    decay, exempt = ({names[id(p)] for p in group["params"]} for group in train.make_optimizer(model).param_groups)
+    matrix = re.compile(r"(embedding|qkv|out|qk|up|down|transform|decoder)\.weight")
+    assert decay == {name for name in names.values() if matrix.search(name)} and decay | exempt == set(names.values())
+    assert all(re.search(r"norm|bias|scale|offset", name) for name in exempt)
 
 
 @pytest.mark.parametrize("changes", SWITCHES, ids=label)
@@ -252,7 +270,8 @@ def test_gated_attention_unit_against_the_papers_formula():
     x = torch.randn(2, 7, 32)
     u, v = F.silu(x @ block.up.weight.T)[..., 32:], F.silu(x @ block.up.weight.T)[..., :32]
     z = F.silu(x @ block.qk.weight.T)
-    q, k = (z * block.qk_scale[i] + block.qk_offset[i] for i in range(2))
+    scale, offset = block.qk_scale.view(2, -1), block.qk_offset.view(2, -1)
+    q, k = (z * scale[i] + offset[i] for i in range(2))
     a = F.relu(torch.einsum("bns,bms->bnm", q, k) / 7) ** 2
     expected = (u * torch.einsum("bnm,bme->bne", a, v)) @ block.down.weight.T
     assert torch.allclose(block.flash(x, None, None), expected, atol=1e-6)
