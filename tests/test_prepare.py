@@ -3,7 +3,6 @@ import gzip
 import hashlib
 import json
 import random
-import time
 from pathlib import Path
 
 import numpy as np
