@@ -9,8 +9,11 @@ selected on dev data), the median over several seeds. A further call adds rows a
 import csv
 import json
 import math
+import platform
 import sys
-from dataclasses import replace
+import time
+import zipfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median, stdev
 
@@ -29,7 +32,7 @@ from train import pick_device, pick_dtype
 out_dir = "out/demo"  # folder of the run
 dataset = "demo"  # corpus of the run; its offline tasks, if any, are in data/<dataset>/tasks
 glue_init = "run"  # start: run (its model.pt), scratch (random weights), or the folder or hub id of a Hugging Face BERT
-tasks = ["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"]  # of these, wnli, docs_package, docs_next
+tasks = ["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"]  # of these, wnli, ax, docs_package, docs_next, dicts
 glue_dir = ""  # folder in the layout of the official download (CoLA/train.tsv, ...); empty = nyu-mll/glue from the hub
 glue_epochs = 5  # [1, inf) epochs; the rules allow up to 5
 glue_batch_size = 16  # [1, inf) examples a step
@@ -40,31 +43,36 @@ glue_dropout = 0.1  # [0, 1) dropout on embeddings, attention, residual branches
 glue_pooling = "first"  # {first, mean} what the head sees: the first position, or the mean of all
 glue_seeds = 5  # [1, inf) runs a task, with seeds 0, 1, ...; their median counts
 glue_max_train = 0  # [0, inf) training examples a task, 0 = all
+glue_submit = False  # also predict the test sets, with the first seed, into a zip for the GLUE server
 glue_max_len = 128  # [8, inf) tokens of an example, special ones included; the longer text is cut first
 device = "auto"  # {auto, cuda, mps, cpu} where to train
 dtype = "auto"  # {auto, float32, bfloat16, float16} of the activations; auto is what the hardware does best
 
 # task: (folder, columns of the texts, of the label, labels in the hub's order or [] for regression, metric, rows of train,
-# of dev). The columns are those of the official download; HUB_COLUMNS has the hub's where they differ.
+# of the dev sets together, of each test set). The columns are the official download's; HUB_COLUMNS where the hub's differ.
 YES_NO = ["entailment", "not_entailment"]
 GLUE = {
-    "cola": ("CoLA", ["sentence"], "label", ["0", "1"], "matthews", 8551, 1043),
-    "sst2": ("SST-2", ["sentence"], "label", ["0", "1"], "accuracy", 67349, 872),
-    "mrpc": ("MRPC", ["#1 String", "#2 String"], "Quality", ["0", "1"], "f1", 3668, 408),
-    "stsb": ("STS-B", ["sentence1", "sentence2"], "score", [], "pearson", 5749, 1500),
-    "qqp": ("QQP", ["question1", "question2"], "is_duplicate", ["0", "1"], "f1", 363846, 40430),
+    "cola": ("CoLA", ["sentence"], "label", ["0", "1"], "matthews", 8551, 1043, [1063]),
+    "sst2": ("SST-2", ["sentence"], "label", ["0", "1"], "accuracy", 67349, 872, [1821]),
+    "mrpc": ("MRPC", ["#1 String", "#2 String"], "Quality", ["0", "1"], "f1", 3668, 408, [1725]),
+    "stsb": ("STS-B", ["sentence1", "sentence2"], "score", [], "pearson", 5749, 1500, [1379]),
+    "qqp": ("QQP", ["question1", "question2"], "is_duplicate", ["0", "1"], "f1", 363846, 40430, [390965]),
     "mnli": ("MNLI", ["sentence1", "sentence2"], "gold_label", ["entailment", "neutral", "contradiction"], "accuracy",
-             392702, 9815),
-    "qnli": ("QNLI", ["question", "sentence"], "label", YES_NO, "accuracy", 104743, 5463),
-    "rte": ("RTE", ["sentence1", "sentence2"], "label", YES_NO, "accuracy", 2490, 277),
-    "wnli": ("WNLI", ["sentence1", "sentence2"], "label", ["0", "1"], "accuracy", 635, 71),
+             392702, 19647, [9796, 9847]),
+    "qnli": ("QNLI", ["question", "sentence"], "label", YES_NO, "accuracy", 104743, 5463, [5463]),
+    "rte": ("RTE", ["sentence1", "sentence2"], "label", YES_NO, "accuracy", 2490, 277, [3000]),
+    "wnli": ("WNLI", ["sentence1", "sentence2"], "label", ["0", "1"], "accuracy", 635, 71, [146]),
 }  # fmt: skip
 HUB_COLUMNS = {"mrpc": ["sentence1", "sentence2"], "mnli": ["premise", "hypothesis"]}
-DOCS = {
-    "docs_package": ["text"],
-    "docs_next": ["text_a", "text_b"],
-}  # no GLUE: prepare.py makes them for the offline demo
+AX_ROWS = 1104  # the diagnostic set, answered by the MNLI model
+DOCS = {"docs_package": ["text"], "docs_next": ["text_a", "text_b"]}  # no GLUE: prepare.py makes them for the offline demo
 NINE = ["mnli", "mnli_mm", "sst2", "stsb", "rte", "qnli", "qqp", "mrpc", "cola"]  # what the GLUE average is over
+PUBLISHED = {  # in the order of NINE, then the average
+    "BERT-base, fully trained [paper]": [83.2, 83.4, 91.9, 86.7, 59.2, 90.6, 87.7, 89.3, 56.5, 80.9],
+    "BERT-base, no pretraining [paper]": [34.1, 34.1, 79.9, 17.8, 47.3, 50.0, 68.6, 77.9, 0.0, 45.5],
+    "crammed, A6000, first version [paper]": [83.9, 84.1, 92.2, 84.6, 53.8, 89.5, 87.3, 87.5, 44.5, 78.6],
+    "crammed, best released checkpoint [card]": [84.1, 84.6, 92.0, 87.4, 58.5, 90.2, 87.5, 88.9, 53.3, 80.7],
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -72,9 +80,11 @@ NINE = ["mnli", "mnli_mm", "sst2", "stsb", "rte", "qnli", "qqp", "mrpc", "cola"]
 
 
 def matthews(p, y):
-    tp, tn, fp, fn = (int(((p == a) & (y == b)).sum()) for a, b in ((1, 1), (0, 0), (1, 0), (0, 1)))
-    spread = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
-    return 100 * (tp * tn - fp * fn) / spread if spread else 0.0
+    """For two classes or more (Gorodkin 2004), which is the R3 of the diagnostic set."""
+    classes = np.union1d(p, y)
+    n_p, n_y = np.array([[(x == c).sum() for c in classes] for x in (p, y)], dtype=float)
+    spread = math.sqrt((len(y) ** 2 - n_p @ n_p) * (len(y) ** 2 - n_y @ n_y))
+    return 100 * float((p == y).sum() * len(y) - n_p @ n_y) / spread if spread else 0.0
 
 
 def f1(p, y):
@@ -94,81 +104,151 @@ METRICS = {"matthews": matthews, "f1": f1, "accuracy": accuracy, "pearson": pear
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tasks. An example is (text, second text or None, label)
+# Tasks. An example is (text, second text or None, label); the label is None in a test set
 
 
-def read_tsv(path, columns, label, header=None):
-    """The examples of a tab-separated file without quoting. Rows with missing fields (QQP has some) are counted."""
+@dataclass
+class Task:
+    name: str
+    train: list
+    dev: dict  # {name on the card: examples}
+    test: dict  # {file name for the GLUE server: examples}
+    labels: list  # [] for regression
+    metric: str
+    partial: bool = False  # whether rows of train or dev are missing
+
+
+def read_table(path, columns, label, header=None):
+    """The examples of a .jsonl, or of a tab-separated file without quoting. Rows with missing fields (QQP has some) are
+    counted and left out; in a test set (label None) they stay, as the server counts rows."""
     if not path.exists():
-        sys.exit(f"finetune_glue.py: {path} is missing; get it, leave its task out of `tasks`, or --glue_dir='' for the hub")
-    examples, skipped = [], 0
+        hint = "; gluebenchmark.com/tasks has it, --glue_dir='' reads the hub" if Path(glue_dir) in path.parents else ""
+        sys.exit(f"finetune_glue.py: {path} is missing{hint}; or leave its task out of `tasks`")
+    examples, skipped, wanted = [], 0, [*columns, label] if label else columns
     csv.field_size_limit(10**9)
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as f:
-        rows = csv.reader((line.replace("\0", "") for line in f), delimiter="\t", quoting=csv.QUOTE_NONE)
-        header = header or next(rows, [])
-        if missing := [c for c in [*columns, label] if c not in header]:
+        lines = (line.replace("\0", "") for line in f)
+        if path.suffix == ".jsonl":
+            try:
+                rows = [json.loads(line) for line in lines if line.strip()]
+                header = header or list(rows[0] if rows else [])
+                rows = [[row.get(c) for c in header] for row in rows]
+            except (ValueError, AttributeError) as e:
+                sys.exit(f"finetune_glue.py: {path} has a line that is not a JSON object: {e}")
+        else:
+            rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+            header = header or next(rows, [])
+        if missing := [c for c in wanted if c not in header]:
             sys.exit(f"finetune_glue.py: {path} has no column {missing[0]!r}; its header is {', '.join(header)[:200]!r}")
-        *texts, last = (header.index(c) for c in [*columns, label])
+        places = [header.index(c) for c in wanted]
         for row in rows:
-            if len(row) <= max(*texts, last) or not row[last]:
+            fields = [row[i] if i < len(row) else None for i in places]
+            if label and (None in fields or fields[-1] == ""):
                 skipped += 1
-            else:
-                examples.append((row[texts[0]], row[texts[1]] if len(texts) == 2 else None, row[last]))
+                continue
+            texts = ["" if x is None else str(x) for x in fields[: len(columns)]]
+            examples.append((texts[0], texts[1] if len(texts) == 2 else None, fields[-1] if label else None))
     if skipped:
         print(f"finetune_glue.py: {path}: {skipped} rows with missing fields were left out")
     return examples
 
 
-def load_folder(task, dev_sets):
-    folder, columns, label, *_ = GLUE[task]
-    header = ["source", "label", "mark", "sentence"] if task == "cola" else None  # CoLA's files have none
-    parts = [read_tsv(Path(glue_dir) / folder / f"{stem}.tsv", columns, label, header) for stem in ["train", *dev_sets]]
-    if task == "mnli":  # "-" marks pairs on which the annotators did not agree
-        parts = [[e for e in part if e[2] != "-"] for part in parts]
-    return parts
+def load_part(task, part):
+    """Examples of a part of a GLUE task: train, dev or test, for MNLI dev_matched, ..., from glue_dir or from the hub."""
+    folder, columns, label, labels, *_ = GLUE[task]
+    label = None if part.startswith("test") else label
+    if glue_dir:
+        # CoLA's files have no header, but for the test set
+        header = ["source", "label", "mark", "sentence"] if task == "cola" and label else None
+        examples = read_table(Path(glue_dir) / folder / f"{part}.tsv", columns, label, header)
+        return [e for e in examples if e[2] != "-"]  # on these pairs of MNLI the annotators did not agree
+    return hub_examples(task, part.replace("dev", "validation"), HUB_COLUMNS.get(task, columns), labels, label)
 
 
-def load_hub(task, dev_sets):
+def hub_examples(name, split, columns, labels, label):
     import datasets
 
-    _, columns, _, labels, *_ = GLUE[task]
     try:
-        data = datasets.load_dataset("nyu-mll/glue", task)
+        data = datasets.load_dataset("nyu-mll/glue", name, split=split)
     except Exception as e:
         reason = (str(e).strip() or "no reason given").splitlines()[0]
         sys.exit(
             f"finetune_glue.py: cannot load nyu-mll/glue: {type(e).__name__}: {reason}; --glue_dir=FOLDER reads a local copy"
         )
-    parts = []
-    for split in ["train", *(d.replace("dev", "validation") for d in dev_sets)]:
-        texts = [data[split][c] for c in HUB_COLUMNS.get(task, columns)]
-        second = texts[1] if len(texts) == 2 else [None] * len(texts[0])
-        targets = [labels[y] if labels else y for y in data[split]["label"]]
-        parts.append(list(zip(texts[0], second, targets)))
-    return parts
+    texts = [data[c] for c in columns]
+    targets = [(labels[y] if labels else y) if label else None for y in data["label"]]
+    return list(zip(texts[0], texts[1] if len(texts) == 2 else [None] * len(texts[0]), targets))
 
 
-def load_task(task):
-    """(train examples, {dev set: examples}, number of classes or 1 for regression, metric, whether rows are missing)."""
-    if task in DOCS:
-        folder = Path("data") / dataset / "tasks" / task
-        parts = [read_tsv(folder / f"{part}.tsv", DOCS[task], "label") for part in ("train", "dev")]
-        names, labels, metric, partial = [task], sorted({y for _, _, y in parts[0]}), "accuracy", False
-    elif task in GLUE:
-        _, _, _, labels, metric, n_train, n_dev = GLUE[task]
-        names = ["mnli", "mnli_mm"] if task == "mnli" else [task]
-        dev_sets = ["dev_matched", "dev_mismatched"] if task == "mnli" else ["dev"]
-        parts = load_folder(task, dev_sets) if glue_dir else load_hub(task, dev_sets)
-        partial = len(parts[0]) < n_train or any(len(p) < n_dev for p in parts[1:])
+def load_diagnostic():
+    """The diagnostic set: (examples, whether they have labels, as only diagnostic-full.tsv of the official site has)."""
+    if not glue_dir:
+        return hub_examples("ax", "test", HUB_COLUMNS["mnli"], [], None), False
+    full = Path(glue_dir) / "diagnostic" / "diagnostic-full.tsv"
+    if full.exists():
+        return read_table(full, ["Premise", "Hypothesis"], "Label"), True
+    return read_table(full.with_name("diagnostic.tsv"), GLUE["mnli"][1], None), False
+
+
+def load_glue(name):
+    folder, _, _, labels, metric, n_train, n_dev, n_test = GLUE[name]
+    kinds = {"": "_matched", "_mm": "_mismatched"} if name == "mnli" else {"": ""}
+    train = load_part(name, "train")
+    dev = {name + short: load_part(name, f"dev{long}") for short, long in kinds.items()}
+    task = Task(name, train, dev, {}, labels, metric)
+    task.partial = len(task.train) < n_train or sum(map(len, dev.values())) < n_dev
+    if glue_submit:
+        files = {"MNLI-m": "test_matched", "MNLI-mm": "test_mismatched"} if name == "mnli" else {folder: "test"}
+        task.test = {file: load_part(name, part) for file, part in files.items()}
+    if name == "mnli" and "ax" in tasks:
+        examples, has_labels = load_diagnostic()
+        task.dev |= {"ax": examples} if has_labels else {}
+        task.test["AX"] = [(a, b, None) for a, b, _ in examples]
+    for (file, examples), rows in zip(task.test.items(), [*n_test, AX_ROWS]):
+        if glue_submit and len(examples) != rows:
+            sys.exit(f"finetune_glue.py: {file}'s test set has {len(examples)} rows, the GLUE server wants {rows}")
+    return task
+
+
+def load_docs(name):
+    """An offline task of the docs corpus, as prepare.py wrote it."""
+    parts = [read_table(Path("data") / dataset / "tasks" / name / f"{p}.tsv", DOCS[name], "label") for p in ("train", "dev")]
+    return Task(name, parts[0], {name: parts[1]}, {}, sorted({y for *_, y in parts[0]}), "accuracy")
+
+
+def load_own(entry):
+    """One's own task: {"name", "train", "dev": files (.tsv or .jsonl), "columns": one or two, "label", "metric"}."""
+    entry = {"label": "label", "metric": "accuracy", **entry}
+    if entry.keys() != {"name", "train", "dev", "columns", "label", "metric"} or len(entry["columns"]) not in (1, 2):
+        sys.exit(f"finetune_glue.py: an own task has name, train, dev, columns (one or two), label, metric; not {entry}")
+    if entry["metric"] not in METRICS or entry["name"] in [*NINE, "wnli", "ax", *DOCS]:
+        sys.exit(f"finetune_glue.py: the task {entry['name']!r} needs a name of its own, and a metric of {', '.join(METRICS)}")
+    train, dev = (read_table(Path(entry[part]).expanduser(), entry["columns"], entry["label"]) for part in ("train", "dev"))
+    labels = [] if entry["metric"] == "pearson" else sorted({str(y) for *_, y in train})
+    return Task(entry["name"], train, {entry["name"]: dev}, {}, labels, entry["metric"])
+
+
+def load_task(entry):
+    """The Task of an entry of `tasks`, with the labels as numbers. SystemExit, one line, if it cannot be."""
+    if isinstance(entry, dict):
+        task = load_own(entry)
+    elif entry in GLUE:
+        task = load_glue(entry)
+    elif entry in DOCS:
+        task = load_docs(entry)
     else:
-        sys.exit(f"finetune_glue.py: there is no task {task!r}; known are {', '.join([*GLUE, *DOCS])}")
-    if not all(parts):
-        sys.exit(f"finetune_glue.py: {task} has a part without examples")
+        sys.exit(f"finetune_glue.py: there is no task {entry!r}; known are {', '.join([*GLUE, 'ax', *DOCS])}, and dicts")
+
+    def number(examples):
+        return [(a, b, task.labels.index(str(y)) if task.labels else float(y)) for a, b, y in examples]
+
+    if not all([task.train, *task.dev.values()]):
+        sys.exit(f"finetune_glue.py: {task.name} has a part without examples")
     try:
-        parts = [[(a, b, labels.index(y) if labels else float(y)) for a, b, y in part] for part in parts]
+        task.train, task.dev = number(task.train), {name: number(part) for name, part in task.dev.items()}
     except ValueError as e:
-        sys.exit(f"finetune_glue.py: {task} has a label that is not one of {labels or 'the numbers'}: {e}")
-    return parts[0], dict(zip(names, parts[1:])), len(labels) or 1, metric, partial
+        sys.exit(f"finetune_glue.py: {task.name} has a label that is not one of {task.labels or 'the numbers'}: {e}")
+    return task
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,7 +269,7 @@ def encode(tokenizer, ids, examples):
     one_sep = glue_init not in ("run", "scratch") and examples[0][1] is None
     sides = ([a for a, _, _ in examples], [b or "" for _, b, _ in examples])
     a, b = ([e.ids for e in tokenizer.encode_batch_fast(side, add_special_tokens=False)] for side in sides)
-    labels = np.array([y for _, _, y in examples])
+    labels = np.array([0 if y is None else y for *_, y in examples])
     return [join(x, y, ids, not one_sep) for x, y in zip(a, b)], labels if labels.dtype == int else labels.astype(np.float32)
 
 
@@ -223,11 +303,14 @@ def collate(rows, index, ids, where):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def finetune(make_model, train, dev, n_classes, seed, ids, where, bar):
-    """One run on train (rows, labels). Returns the predictions {dev set: classes or values} after the last epoch."""
+def finetune(make_model, train, dev, test, n_classes, seed, ids, where, bar):
+    """One run on train, (rows, labels). dev: {name: (rows, labels, metric)}, test: {file: rows}.
+
+    Returns ({dev set: score after each epoch}, {test set: classes or values}).
+    """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    model = make_model(n_classes).to(where).train()
+    model = make_model(n_classes).to(where)
     decay = {"lr": glue_learning_rate, "weight_decay": glue_weight_decay}
     opt = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), eps=1e-6, fused=True, **decay)
     scaler = torch.amp.GradScaler(where, enabled=model.bert.dtype == torch.float16)
@@ -235,7 +318,9 @@ def finetune(make_model, train, dev, n_classes, seed, ids, where, bar):
     labels, lengths = torch.from_numpy(labels), np.array([len(r) for r in rows])
     size = min(glue_batch_size, len(rows))
     total, step = glue_epochs * (len(rows) // size), 0
+    scores = {name: [] for name in dev}
     for _ in range(glue_epochs):
+        model.train()
         for index in batches(lengths, size, rng):
             step += 1
             p, w = step / total, glue_warmup
@@ -250,17 +335,40 @@ def finetune(make_model, train, dev, n_classes, seed, ids, where, bar):
             scaler.update()
             opt.zero_grad(set_to_none=True)
             bar.update(len(index))
-    if not math.isfinite(loss.item()):
-        sys.exit(f"finetune_glue.py: the loss is {float(loss)} at the end; lower glue_learning_rate, or --dtype=float32")
+        if not math.isfinite(loss.item()):
+            sys.exit(f"finetune_glue.py: the loss became {float(loss)}; lower glue_learning_rate, or --dtype=float32")
+        for name, (dev_rows, dev_labels, metric) in dev.items():
+            scores[name].append(METRICS[metric](predict(model, dev_rows, n_classes, ids, where), dev_labels))
+    return scores, {file: predict(model, rows, n_classes, ids, where) for file, rows in test.items()}
+
+
+@torch.no_grad()
+def predict(model, rows, n_classes, ids, where):
+    """Classes, or values where n_classes is 1, of the rows of token ids, (len(rows),)."""
     model.eval()
-    predictions = {}
-    with torch.no_grad():
-        for name, (rows, _) in dev.items():
-            predictions[name] = np.zeros(len(rows))
-            for index in batches(np.array([len(r) for r in rows]), 64):
-                out = model(*collate(rows, index, ids, where))
-                predictions[name][index] = (out[:, 0] if n_classes == 1 else out.argmax(-1)).cpu()
+    predictions = np.zeros(len(rows))
+    for index in batches(np.array([len(r) for r in rows]), 64):
+        out = model(*collate(rows, index, ids, where))
+        predictions[index] = (out[:, 0] if n_classes == 1 else out.argmax(-1)).cpu()
     return predictions
+
+
+def write_predictions(out, file, predictions, labels):
+    """A file of the GLUE server: index, and the label's name, or for STS-B the value within 0 to 5."""
+    (out / "submission").mkdir(exist_ok=True)
+    names = [labels[int(p)] for p in predictions] if labels else [f"{min(max(p, 0.0), 5.0):.3f}" for p in predictions]
+    with replace_file(out / "submission" / f"{file}.tsv") as f:
+        f.write(("index\tprediction\n" + "".join(f"{i}\t{name}\n" for i, name in enumerate(names))).encode())
+
+
+def zip_predictions(out):
+    with replace_file(out / "submission.zip") as f, zipfile.ZipFile(f, "w", zipfile.ZIP_DEFLATED) as z:
+        for path in sorted((out / "submission").glob("*.tsv")):
+            z.write(path, path.name)
+    wanted = [*(folder for folder, *_ in GLUE.values() if folder != "MNLI"), "MNLI-m", "MNLI-mm", "AX"]
+    missing = [name for name in wanted if not (out / "submission" / f"{name}.tsv").exists()]
+    note = f"; the GLUE server also wants {', '.join(missing)}: add their tasks" if missing else ""
+    print(f"{out / 'submission.zip'} has the test sets' predictions of seed 0{note}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,13 +389,33 @@ def rules_line(card, record):
     if not record and {"run", "scratch"} & card["rows"].keys():
         return "unknown, since rules.json of the pretraining run is missing"
     broken = [f"{rule} ({entry['did']})" for rule, entry in record.items() if not entry["ok"]]
-    settings = [entry["settings"] for row in card["rows"].values() for entry in row.values()]
     broken += [f"2 (the row {init} starts from pretrained weights)" for init in card["rows"] if init not in ("run", "scratch")]
-    if any(s["glue_epochs"] > 5 for s in settings):
+    settings = {init: [entry["settings"] for entry in row.values()] for init, row in card["rows"].items()}
+    if any(s["glue_epochs"] > 5 for row in settings.values() for s in row):
         broken.append("5 brief fine-tuning (more than 5 epochs)")
-    if any(s != settings[0] for s in settings):
-        broken.append("5 the same hyperparameters for all tasks (they differ)")
+    for init, row in settings.items():
+        if differ := sorted({k for s in row for k in s if s[k] != row[0][k]}):
+            broken.append(f"5 the same hyperparameters for all tasks (in the row {init}, {', '.join(differ)} differ)")
     return "broken: " + "; ".join(broken) if broken else "inside all of them"
+
+
+def table(title, names, rows, published=None, mean=True):
+    """Lines of a markdown table of rows {title: {task: entry}}, with the published rows beneath, and with means."""
+    means = {"average" if set(NINE) <= set(names) else f"mean of these {len(names)}": names} if mean else {}
+    if mean and "cola" in names and len(names) > 1:
+        means["without CoLA"] = [t for t in names if t != "cola"]
+    lines = [[title, *names, *means], ["---"] * (1 + len(names) + len(means))]
+
+    def add(row_title, values, cells):
+        ends = [f"{sum(values[t] for t in m) / len(m):.1f}" if set(m) <= set(values) else "" for m in means.values()]
+        lines.append([row_title, *(cells.get(t, "") for t in names), *ends])
+
+    for row_title, row in rows.items():
+        found = {t: row[t] for t in names if t in row}
+        add(row_title, {t: e["median"] for t, e in found.items()}, {t: cell(e) for t, e in found.items()})
+    for row_title, numbers in (published or {}).items():
+        add(row_title, dict(zip(NINE, numbers)), {t: f"{x:.1f}" for t, x in zip(NINE, numbers)})
+    return ["| " + " | ".join(line) + " |" for line in lines] + [""]
 
 
 def cell(entry):
@@ -298,28 +426,21 @@ def cell(entry):
 def card_text(card):
     """The scorecard as markdown."""
     names = {"run": "pretrained", "scratch": "no pretraining"}
-    rows, lines = card["rows"], ["# Scorecard", ""]
+    rows, lines = {names.get(init, init): row for init, row in card["rows"].items()}, ["# Scorecard", ""]
     entries = {t: entry for row in rows.values() for t, entry in row.items()}
-    shown = [t for t in [*NINE, "wnli", *DOCS] if t in entries]
-    for title, group in (
-        ("GLUE dev", [t for t in shown if t not in DOCS]),
-        ("Offline tasks, not GLUE", [t for t in shown if t in DOCS]),
-    ):
-        if not group:
-            continue
-        complete = all(t in group for t in NINE)
-        means = ["average", "without CoLA"] if complete else [f"mean of these {len(group)}"]
-        lines += [f"| {title} | " + " | ".join(group + means) + " |", "|---" * (1 + len(group + means)) + "|"]
-        for init, row in rows.items():
-            cells = [cell(row[t]) if t in row else "" for t in group]
-            own = [row[t]["median"] for t in group if t in row]
-            values = averages(row) if complete else [sum(own) / len(group) if len(own) == len(group) else None]
-            cells += ["" if v is None else f"{v:.1f}" for v in values]
-            lines.append(f"| {names.get(init, init)} | " + " | ".join(cells) + " |")
-        lines.append("")
+    glue = [t for t in NINE if t in entries]
+    docs = [t for t in DOCS if t in entries]
+    if glue:
+        lines += table("GLUE dev", glue, rows, PUBLISHED)
+    if docs:
+        lines += table("Offline tasks, not GLUE", docs, rows)
+    if own := [t for t in entries if t not in [*glue, *docs]]:  # wnli and ax, too, are not in the average
+        lines += table("Other tasks", own, rows, mean=False)
     seeds = sorted({len(entry["scores"]) for row in rows.values() for entry in row.values()})
     lines.append(f"Median ± standard deviation over {' or '.join(map(str, seeds))} fine-tuning seeds, in percent.")
-    lines.append("Metrics: " + ", ".join(f"{t} {entries[t]['metric']}" for t in shown) + ".")
+    lines.append("Metrics: " + ", ".join(f"{t} {entry['metric']}" for t, entry in entries.items()) + ".")
+    if glue:
+        lines.append("Published rows: [paper] arXiv 2212.14034, [card] JonasGeiping/crammed-bert on the Hugging Face hub.")
     partial = {f"{t} ({row[t]['n_train']:,} training examples)" for row in rows.values() for t in row if row[t]["partial"]}
     if partial:
         lines.append(f"On partial data, not comparable with published scores: {', '.join(sorted(partial))}.")
@@ -381,35 +502,47 @@ def main(config):
         return model
 
     own = {k: v for k, v in config.items() if k in globals()}
-    settings = {k: v for k, v in own.items() if k.startswith("glue_") and k not in ("glue_dir", "glue_init", "glue_seeds")}
+    free = ("glue_dir", "glue_init", "glue_seeds", "glue_submit")  # they change no score
+    settings = {k: v for k, v in own.items() if k.startswith("glue_") and k not in free}
     card = json.loads((out / "glue.json").read_text()) if (out / "glue.json").exists() else {"rows": {}}
-    card["settings"] = own
+    card |= {"settings": own, "versions": {"python": platform.python_version(), "torch": str(torch.__version__)}}
     row, jobs = card["rows"].setdefault(glue_init, {}), []
-    for task in tasks:
-        train, dev, n_classes, metric, partial = load_task(task)
-        if 0 < glue_max_train < len(train):
-            pick = np.random.default_rng(0).choice(len(train), glue_max_train, replace=False)
-            train, partial = [train[i] for i in pick], True
-        entry = {"metric": metric, "n_train": len(train), "partial": partial, "settings": settings}
+    if "ax" in tasks and "mnli" not in tasks:
+        sys.exit("finetune_glue.py: the model of mnli answers ax; add mnli to `tasks`")
+    for task in map(load_task, [t for t in tasks if t != "ax"]):
+        if 0 < glue_max_train < len(task.train):
+            pick = np.random.default_rng(0).choice(len(task.train), glue_max_train, replace=False)
+            task.train, task.partial = [task.train[i] for i in pick], True
+        metrics = {name: "matthews" if name == "ax" else task.metric for name in task.dev}
+        common = {"n_train": len(task.train), "partial": task.partial, "settings": settings}
         # scores of the same task, data and settings stand; others do until a new one takes their place
-        same = all(name in row and entry.items() <= row[name].items() for name in dev)
-        done = min(len(row[name]["scores"]) for name in dev) if same else 0
-        train, dev = encode(tokenizer, ids, train), {name: encode(tokenizer, ids, part) for name, part in dev.items()}
-        jobs += [(task, seed, train, dev, n_classes, entry) for seed in range(done, glue_seeds)]
+        same = all(name in row and (common | {"metric": metrics[name]}).items() <= row[name].items() for name in metrics)
+        predicted = all((out / "submission" / f"{file}.tsv").exists() for file in task.test)
+        done = min(len(row[name]["scores"]) for name in metrics) if same and predicted else 0
+        train, test = encode(tokenizer, ids, task.train), {f: encode(tokenizer, ids, x)[0] for f, x in task.test.items()}
+        dev = {name: (*encode(tokenizer, ids, x), metrics[name]) for name, x in task.dev.items()}
+        jobs += [(task, seed, train, dev, test if seed == 0 else {}, common) for seed in range(done, glue_seeds)]
 
-    total = sum(glue_epochs * len(train[0]) for _, _, train, *_ in jobs)
-    with tqdm(total=total, unit=" examples", disable=None, smoothing=0) as bar:
-        for task, seed, train, dev, n_classes, entry in jobs:
-            bar.set_description(f"{glue_init}: {task}, seed {seed}")
-            predictions = finetune(make_model, train, dev, n_classes, seed, ids, where, bar)
-            for name, (_, labels) in dev.items():
-                scores = row[name]["scores"][:seed] if seed else []
-                scores.append(METRICS[entry["metric"]](predictions[name], labels))
-                row[name] = entry | {"scores": scores, "median": median(scores), "sd": stdev(scores) if seed else 0.0}
-                tqdm.write(f"{glue_init}: {name}, seed {seed}: {entry['metric']} {scores[-1]:.1f}")
+    with tqdm(total=sum(glue_epochs * len(job[2][0]) for job in jobs), unit=" examples", disable=None, smoothing=0) as bar:
+        for task, seed, train, dev, test, common in jobs:
+            bar.set_description(f"{glue_init}: {task.name}, seed {seed}")
+            start, n_classes = time.monotonic(), len(task.labels) or 1
+            epochs, predictions = finetune(make_model, train, dev, test, n_classes, seed, ids, where, bar)
+            seconds = time.monotonic() - start
+            for file, values in predictions.items():
+                write_predictions(out, file, values, task.labels)
+            for name, (_, _, metric) in dev.items():
+                before = row[name] if seed else {"epochs": [], "seconds": []}
+                every = {"epochs": [*before["epochs"][:seed], epochs[name]], "seconds": [*before["seconds"][:seed], seconds]}
+                scores = [e[-1] for e in every["epochs"]]
+                spread = {"scores": scores, "median": median(scores), "sd": stdev(scores) if seed else 0.0}
+                row[name] = {"metric": metric} | spread | every | common
+                tqdm.write(f"{glue_init}: {name}, seed {seed}: {metric} {scores[-1]:.1f}, {seconds:.0f} s")
             sys.stdout.flush()
             write_card(out, card)
     write_card(out, card)
+    if glue_submit:
+        zip_predictions(out)
     print("\n" + card_text(card))
 
 

@@ -1,11 +1,14 @@
-"""Pictures of runs: python plot.py out/cpu [out/other ...] [--out=FILE.png]
+"""Pictures of runs.
 
-Loss, validation loss, learning rate and tokens/s of one or several runs against minutes of wall clock, from log.jsonl.
+python plot.py out/x [out/y ...] [--x=tokens] [--out=FILE.png]   curves of log.jsonl, by the clock or by tokens seen
+python plot.py out/x --card [--out=FILE.png]                     the scorecard of glue.json beside the published rows
 """
 
 import json
 import sys
 from pathlib import Path
+
+from finetune_glue import DOCS, NINE, PUBLISHED
 
 try:
     import matplotlib
@@ -16,14 +19,21 @@ except ImportError:
     sys.exit("plot.py: needs `pip install matplotlib`")
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito: colour-blind safe
+PANELS = {
+    "loss": "training loss (nats per masked token)",
+    "val_loss": "validation loss (nats per masked token)",
+    "tokens_per_s": "tokens per second",
+    "lr": "learning rate",
+    "batch_size": "rows in a batch",
+    "grad_norm": "norm of the gradient",
+}
 
 
 def read_log(run):
     path = Path(run) / "log.jsonl"
     if not path.exists():
         sys.exit(f"plot.py: {path} does not exist; name the folder of a run, as in out/demo")
-    entries = [json.loads(line) for line in path.read_text().splitlines()]
-    return [e for e in entries if "loss" in e], [e for e in entries if "val_loss" in e]
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def comparable(runs):
@@ -32,35 +42,78 @@ def comparable(runs):
     return len({(c.get("tokenizer_sha256"), c.get("val_sha256")) for c in configs}) == 1
 
 
-def draw(runs, file):
-    fig, axes = plt.subplots(2, 2, sharex=True, figsize=(11, 7), constrained_layout=True)
-    panels = [("loss", "training loss (nats per masked token)"), ("val_loss", "validation loss (nats per masked token)")]
-    panels += [("lr", "learning rate"), ("tokens_per_s", "tokens per second")]
-    for run, color in zip(runs, COLORS * len(runs)):
-        train, val = read_log(run)
-        for ax, (key, _) in zip(axes.flat, panels):
-            entries = val if key == "val_loss" else train
+def draw_curves(runs, x, file):
+    logs = [read_log(run) for run in runs]
+    longest = max(e["hours"] for log in logs for e in log)
+    unit, factor = ("hours", 1) if longest > 2 else ("minutes", 60)
+    fig, axes = plt.subplots(2, 3, figsize=(14, 7), constrained_layout=True)
+    for run, log, color in zip(runs, logs, COLORS * len(runs)):
+        for ax, key in zip(axes.flat, PANELS):
+            entries = [e for e in log if e.get(key) is not None]
+            xs = [e["tokens"] / 1e6 if x == "tokens" else factor * e["hours"] for e in entries]
             marker = "o" if key == "val_loss" else None
-            label = Path(run).name
-            ax.plot(
-                [60 * e["hours"] for e in entries], [e[key] for e in entries], color=color, marker=marker, ms=4, label=label
-            )
-    for ax, (_, title) in zip(axes.flat, panels):
-        ax.set(title=title, xlabel="minutes of wall clock")
+            ax.plot(xs, [e[key] for e in entries], color=color, marker=marker, ms=4, lw=1.3, label=Path(run).name)
+    for ax, (key, title) in zip(axes.flat, PANELS.items()):
+        ax.set(title=title, xlabel="million tokens seen" if x == "tokens" else f"{unit} of wall clock")
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
-    axes[1, 1].set_ylim(bottom=0)
+        if key in ("tokens_per_s", "batch_size", "lr"):
+            ax.set_ylim(bottom=0)
+    axes[1, 2].set_yscale("log")
     axes[0, 0].legend(frameon=False)
     if not comparable(runs):
         axes[0, 1].set_title("validation loss: NOT comparable, other tokenizer or val.bin", color="#D55E00")
         print("plot.py: warning: the runs differ in tokenizer or val.bin, so their losses measure different things")
     fig.savefig(file, dpi=120)
-    print(file)
+
+
+def draw_card(run, file):
+    path = Path(run) / "glue.json"
+    if not path.exists():
+        sys.exit(f"plot.py: {path} does not exist; finetune_glue.py writes it")
+    card = json.loads(path.read_text())
+    found = {t for row in card["rows"].values() for t in row}
+    tasks = [t for t in NINE if t in found] or [t for t in DOCS if t in found] or sorted(found)
+    bars = {{"run": "pretrained", "scratch": "no pretraining"}.get(k, k): row for k, row in card["rows"].items()}
+    partial = any(entry["partial"] for row in card["rows"].values() for entry in row.values())
+    published = PUBLISHED if set(tasks) <= set(NINE) else {}
+    n, width = len(bars) + len(published), 0.8 / (len(bars) + len(published))
+    fig, ax = plt.subplots(figsize=(max(7, 1.6 * len(tasks) + 2), 4.5), constrained_layout=True)
+    for i, (name, row) in enumerate(bars.items()):
+        at = [j + (i - (n - 1) / 2) * width for j, t in enumerate(tasks) if t in row]
+        entries = [row[t] for t in tasks if t in row]
+        values, spread = [e["median"] for e in entries], [e["sd"] for e in entries]
+        ax.bar(at, values, width, yerr=spread, color=COLORS[i], label=name, error_kw={"lw": 1})
+    for i, (name, numbers) in enumerate(published.items(), len(bars)):
+        values = dict(zip(NINE, numbers))
+        at = [j + (i - (n - 1) / 2) * width for j in range(len(tasks))]
+        ax.bar(
+            at,
+            [values[t] for t in tasks],
+            width,
+            color="0.75",
+            edgecolor="0.3",
+            hatch=["", "//", "..", "xx"][i % 4],
+            label=name,
+        )
+    ax.set_xticks(range(len(tasks)), [f"{t}\n{next(r[t]['metric'] for r in bars.values() if t in r)}" for t in tasks])
+    note = "; partial data, not comparable with published rows" if partial and published else ""
+    ax.set(ylabel="percent", title=f"median and standard deviation over fine-tuning seeds{note}")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis="y", alpha=0.3)
+    ax.set_axisbelow(True)
+    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    fig.savefig(file, dpi=120)
 
 
 if __name__ == "__main__":
     runs = [a for a in sys.argv[1:] if not a.startswith("--")]
     options = dict(a[2:].partition("=")[::2] for a in sys.argv[1:] if a.startswith("--"))
-    if not runs or options.keys() - {"out"}:
+    if not runs or options.keys() - {"out", "x", "card"} or options.get("x", "clock") not in ("clock", "tokens"):
         sys.exit(__doc__.strip())
-    draw(runs, options.get("out", str(Path(runs[0]) / "curves.png")))
+    file = options.get("out", str(Path(runs[0]) / ("card.png" if "card" in options else "curves.png")))
+    if "card" in options:
+        draw_card(runs[0], file)
+    else:
+        draw_curves(runs, options.get("x"), file)
+    print(file)

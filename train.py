@@ -3,11 +3,15 @@
 data/<dataset>/{train,val}.bin  ->  out/<run>/{model.pt, ckpt.pt, log.jsonl, tokenizer.json, config.json, rules.json}
 
 Every schedule is a function of progress in [0, 1]: elapsed seconds over the budget, or steps over max_steps for runs that
-must be repeatable to the last bit. A stopped run continues with the same command.
+must be repeatable to the last bit. A stopped run continues with the same command. Several GPUs, outside the rules of
+cramming, give the same curve as one: torchrun --nproc_per_node=2 train.py config/demo.py
 """
 
+import errno
+import hashlib
 import json
 import math
+import os
 import shutil
 import signal
 import sys
@@ -16,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -35,9 +40,10 @@ micro_batch_size = 128  # [1, inf) rows a forward pass; changes memory and speed
 batch_ramp = 0.6  # [0, 1] share of progress over which the batch grows, 0 = no ramp
 batch_ramp_rows = 128  # [1, inf) rows in the ramp's first batch, and in each increment
 learning_rate = 1e-3  # (0, inf) peak learning rate
-schedule = "triangle"  # {constant, linear, cosine, triangle, trapezoid} learning rate over progress
-warmup = 0.0  # [0, 1) share of progress with a linear warm-up; the triangle has its own
-cooldown = 0.25  # (0, 1] share of progress in which triangle and trapezoid fall to zero
+schedule = "triangle"  # {constant, linear, cosine, inverse_sqrt, triangle, trapezoid, ramp} of the learning rate
+warmup = 0.0  # [0, 1) share of progress with a linear warm-up; triangle and ramp have their own
+cooldown = 0.25  # (0, 1) share of progress in which inverse_sqrt, triangle, trapezoid and ramp fall to zero
+triangle_base = 0.25  # [0, 1] where the triangle begins, as a share of its peak
 optimizer = "adamw"  # {adamw, adam} adam has L2 decay in the gradient, as BERT had
 weight_decay = 0.01  # [0, inf) decay of matrices and embeddings, none on norms, biases and scalars
 beta1 = 0.9  # [0, 1) Adam's decay of the first moment
@@ -50,14 +56,18 @@ compile = True  # torch.compile; falls back to eager where it does not work
 eval_minutes = 30.0  # (0, inf) minutes between evaluations; the last one always takes place
 checkpoint_minutes = 15.0  # (0, inf) minutes between checkpoints
 log_seconds = 10.0  # [0, inf) seconds between log lines, 0 = every step
+check_data = False  # compare train.bin with its sha256 in meta.json first
+wandb_log = False  # log to Weights & Biases too; needs `pip install wandb`
 
 # What may differ between the parts of one run; a change of anything else would be another experiment.
-FREE_KEYS = "resume out_dir device dtype compile micro_batch_size eval_minutes checkpoint_minutes log_seconds".split()
+FREE_KEYS = """resume out_dir device dtype compile micro_batch_size eval_minutes checkpoint_minutes log_seconds check_data
+wandb_log""".split()
 
 # Dense fp16/bf16 tensor peaks in TFLOP/s: the first three as the paper counts them, the others from NVIDIA's data sheets.
 GPU_PEAKS = {
     "2080 Ti": 53.8, "A4000": 88.5, "A6000": 154.8, "V100": 125, "T4": 65, "A5000": 111, "3090": 71, "4090": 165,
-    "5090": 209, "A100": 312, "A10": 125, "L40": 362, "L4": 121, "H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250,
+    "5090": 209, "A100": 312, "A10": 125, "L40S": 362, "L40": 181, "L4": 121,
+    "H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250,
 }  # fmt: skip
 
 
@@ -67,13 +77,18 @@ GPU_PEAKS = {
 
 def learning_rate_factor(p):
     """The learning rate at progress p as a share of its peak."""
-    if schedule == "triangle":  # from a quarter up to the peak, then down to zero: "budget-triangle2" [repo]
-        return min(0.25 + p, (1 - p) / cooldown)
-    rise = min(1.0, p / warmup) if warmup else 1.0
-    q = max(0.0, p - warmup) / (1 - warmup)  # progress since the warm-up
-    if schedule == "trapezoid":
-        return min(rise, (1 - p) / cooldown)
-    return rise * {"constant": 1.0, "linear": 1 - q, "cosine": 0.5 * (1 + math.cos(math.pi * q))}[schedule]
+    if schedule in ("constant", "linear", "cosine"):
+        q = max(0.0, p - warmup) / (1 - warmup)  # progress since the warm-up
+        fall = {"constant": 1.0, "linear": 1 - q, "cosine": 0.5 * (1 + math.cos(math.pi * q))}[schedule]
+        return fall * min(1.0, p / warmup if warmup else 1.0)
+    top = min(p, 1 - cooldown)  # the others rise or fall up to here, and go to zero in a line from there
+    body = {
+        "triangle": triangle_base + (1 - triangle_base) * top / (1 - cooldown),  # the paper's: "budget-triangle2" [repo]
+        "trapezoid": min(1.0, top / warmup if warmup else 1.0),
+        "inverse_sqrt": top / warmup if top < warmup else math.sqrt(warmup / max(top, 1e-9)),
+        "ramp": top,
+    }[schedule]
+    return body * min(1.0, (1 - p) / cooldown)
 
 
 def batch_rows(p):
@@ -140,14 +155,17 @@ def load_bins(folder):
     if not (folder / "meta.json").exists():
         sys.exit(f"train.py: {folder} holds no prepared data; run prepare.py with the same config first")
     meta, bins = json.loads((folder / "meta.json").read_text()), []
+    again = f"remove {folder}, run prepare.py again"
     for part in ("train", "val"):
         path, shape = folder / f"{part}.bin", (meta[f"{part}_rows"], meta["seq_len"])
         size, expected = path.stat().st_size if path.exists() else 0, 2 * shape[0] * shape[1]
         if size != expected:
-            sys.exit(
-                f"train.py: {path} has {size:,} bytes, meta.json says {expected:,}; remove {folder}, run prepare.py again"
-            )
+            sys.exit(f"train.py: {path} has {size:,} bytes, meta.json says {expected:,}; {again}")
         bins.append(np.memmap(path, np.uint16, "r", shape=shape))
+    for name in ["val.bin", "tokenizer.json"] + ["train.bin"] * check_data:
+        with open(folder / name, "rb") as f:
+            if hashlib.file_digest(f, "sha256").hexdigest() != meta["sha256"][name.partition(".")[0]]:
+                sys.exit(f"train.py: {folder / name} is not the file that meta.json describes (sha256); {again}")
     return *bins, meta
 
 
@@ -203,11 +221,10 @@ def compiled(model, scaler, *batch):
     gradients = []
     try:
         fast = torch.compile(model, dynamic=False)  # shapes are fixed; a static graph is the fastest
-        with torch.random.fork_rng():  # a part of a resumed run draws the same dropout as if it were the first
-            for forward in (fast, model):
-                scaler.scale(forward(*batch)).backward()
-                gradients.append([p.grad for p in model.parameters()])
-                model.zero_grad(set_to_none=True)
+        for forward in (fast, model):
+            scaler.scale(forward(*batch)).backward()
+            gradients.append([p.grad for p in model.parameters()])
+            model.zero_grad(set_to_none=True)
     except torch.OutOfMemoryError:
         model.zero_grad(set_to_none=True)
         if gradients:  # the eager pass needs more memory than the compiled one; go on unchecked
@@ -235,6 +252,21 @@ def make_optimizer(model):
     ]
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[optimizer]
     return kind(groups, lr=learning_rate, betas=(beta1, beta2), eps=adam_eps, fused=True)
+
+
+def first_non_finite(model, *batch):
+    """The first module whose output on the batch is not finite: where a run broke."""
+    names = []
+
+    def look(name):
+        return lambda module, inputs, output: None if output.isfinite().all() else names.append(name)
+
+    hooks = [module.register_forward_hook(look(name or "the loss")) for name, module in model.named_modules()]
+    with torch.no_grad():
+        model(*batch)
+    for hook in hooks:
+        hook.remove()
+    return names[0] if names else "none, only gradients"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -271,7 +303,18 @@ def cut_log(path, step):
     return hours * 3600
 
 
-def rules_record(settings, hours, where):
+def torch_save(path, value):
+    """torch.save, complete or not at all: what stood at `path` goes when the new file is whole and was read back."""
+    with replace_file(path) as f:
+        try:
+            torch.save(value, f)
+        except RuntimeError as e:  # torch's writer replaces the error of the file by its own
+            raise OSError(errno.EIO, "could not be written, is the disk full?", str(path)) from e
+        f.flush()
+        torch.load(f.name, map_location="cpu", weights_only=True)
+
+
+def rules_record(settings, hours, where, world):
     """What the run did about each rule of cramming; the fifth, on fine-tuning, is finetune_glue.py's."""
     given = settings["tokenizer_file"]
     return {
@@ -281,7 +324,7 @@ def rules_record(settings, hours, where):
             "did": f"tokenizer {given or 'trained on the corpus'}",
         },
         "3 raw text, no downstream data": {"ok": True, "did": f"sources {settings['sources']}, as the config says"},
-        "4 one GPU, 24 hours": {"ok": hours < 24.05, "did": f"{hours:.3f} h on one {where}"},
+        "4 one GPU, 24 hours": {"ok": hours < 24.05 and world == 1, "did": f"{hours:.3f} h on {world} {where}"},
     }
 
 
@@ -289,19 +332,31 @@ def rules_record(settings, hours, where):
 
 
 def main(config):
-    stopped = False
+    reason = ""  # to stop
 
     def stop(number, frame):
-        nonlocal stopped
-        stopped = True
+        nonlocal reason
+        reason = "stopped"
         signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C does not wait
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
 
+    where, rank, world = pick_device(device), 0, 1
+    if dist.is_torchelastic_launched():  # by torchrun
+        dist.init_process_group("cpu:gloo,cuda:nccl" if where == "cuda" else "gloo")
+        rank, world = dist.get_rank(), dist.get_world_size()
+        if where == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if rank:
+            sys.stdout = open(os.devnull, "w")
+
     out, folder = Path(out_dir), Path("data") / dataset
-    if batch_size % micro_batch_size or (batch_ramp and batch_ramp_rows % micro_batch_size):
-        sys.exit(f"train.py: micro_batch_size = {micro_batch_size} must divide batch_size and batch_ramp_rows")
+    if batch_size % (micro_batch_size * world) or (batch_ramp and batch_ramp_rows % (micro_batch_size * world)):
+        times = f" on each of {world} devices" if world > 1 else ""
+        sys.exit(f"train.py: micro_batch_size = {micro_batch_size}{times} must divide batch_size and batch_ramp_rows")
+    if schedule == "inverse_sqrt" and not warmup:
+        sys.exit("train.py: schedule=inverse_sqrt falls from the end of its warm-up; set warmup, for instance to 0.06")
     train_rows, val_rows, meta = load_bins(folder)
     seq_len, mask_id, vocab_size = meta["seq_len"], meta["special_ids"]["mask"], meta["vocab_size"]
     config = {k: v for k, v in config.items() if k in globals() or k in Config.__dataclass_fields__}
@@ -310,7 +365,6 @@ def main(config):
         sys.exit(f"train.py: {out} holds a finished run; choose another out_dir, or --resume=never to overwrite it")
     ckpt = load_checkpoint(out / "ckpt.pt", config) if (out / "ckpt.pt").exists() and resume == "auto" else None
 
-    where = pick_device(device)
     torch.manual_seed(seed)
     try:
         model = BERT(Config(**{k: config[k] for k in Config.__dataclass_fields__})).to(where)
@@ -321,142 +375,93 @@ def main(config):
     model.dtype = pick_dtype(where, dtype)
     opt = make_optimizer(model)
     scaler = torch.amp.GradScaler(where, enabled=model.dtype == torch.float16)
+    if wandb_log and rank == 0:
+        try:
+            import wandb
+        except ImportError:
+            sys.exit("train.py: wandb_log=True needs `pip install wandb`")
+        wandb.init(project="nanocram", name=out.name, id=str(out).replace("/", "-"), resume="allow", config=config)
 
-    out.mkdir(parents=True, exist_ok=True)
-    state = {"step": 0, "tokens": 0, "rows": 0, "elapsed": 0.0}
-    if ckpt:
+    def restore(ckpt):
         model.load_state_dict(ckpt["model"])
         opt.load_state_dict(ckpt["optimizer"])
         if ckpt["scaler"]:  # empty where that part of the run was not in fp16
             scaler.load_state_dict(ckpt["scaler"])
-        torch.set_rng_state(ckpt["rng"])
+
+    state = {"step": 0, "tokens": 0, "rows": 0, "elapsed": 0.0}
+    if ckpt:
+        restore(ckpt)
         state = {k: ckpt[k] for k in state}
-        # kills must not stretch the budget: what a part of the run took after its last checkpoint counts as well
-        state["elapsed"] = max(state["elapsed"], cut_log(out / "log.jsonl", state["step"]))
-        print(f"continuing {out} at step {state['step']:,}, {state['elapsed'] / 3600:.3f} h into the budget")
-        del ckpt
-    else:
-        shutil.copy(folder / "tokenizer.json", out)
-        for name in ("log.jsonl", "ckpt.pt", "model.pt", "rules.json", "glue.json", "glue.md"):
-            (out / name).unlink(missing_ok=True)
-    write_json(out / "config.json", config)
+        if ckpt["torch"] != str(torch.__version__):
+            print(f"train.py: warning: the run began with torch {ckpt['torch']}, this is {torch.__version__}")
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        if ckpt:
+            # kills must not stretch the budget: what a part of the run took after its last checkpoint counts as well
+            state["elapsed"] = max(state["elapsed"], cut_log(out / "log.jsonl", state["step"]))
+            print(f"continuing {out} at step {state['step']:,}, {state['elapsed'] / 3600:.3f} h into the budget")
+        else:
+            shutil.copy(folder / "tokenizer.json", out)
+            for name in ("log.jsonl", "ckpt.pt", "model.pt", "rules.json", "glue.json", "glue.md"):
+                (out / name).unlink(missing_ok=True)
+        write_json(out / "config.json", config)
+    del ckpt
 
     count = n_masked(seq_len, mask_rate)
     flops = flops_per_token(model.config, seq_len, count)
     peak, peak_name = peak_flops(where, model.dtype)
-    budget = f"{max_steps:,} steps" if max_steps else f"{budget_hours:.3g} h"
+    exaflop = f", {peak * world * budget_hours * 3600 / 1e18:.3g} exaFLOP"
+    budget = f"{max_steps:,} steps" if max_steps else f"{budget_hours:.3g} h{exaflop}"
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {str(model.dtype)[6:]}; {len(train_rows):,} rows of")
-    print(f"{seq_len} tokens; {budget} at a peak of {peak / 1e12:.1f} TFLOP/s ({peak_name})")
+    print(f"{seq_len} tokens; {budget} at a peak of {peak / 1e12:.1f} TFLOP/s ({world} x {peak_name})")
 
-    log = open(out / "log.jsonl", "a", buffering=1)
+    log = open(os.devnull if rank else out / "log.jsonl", "a", buffering=1)
     bar = tqdm(
         total=max_steps or round(budget_hours * 3600),
         bar_format="{percentage:3.0f}%|{bar}| {n:.0f}/{total} " + ("steps" if max_steps else "s") + "{postfix}",
-        disable=None,  # plain lines where the output is no terminal
+        disable=True if rank else None,  # plain lines where the output is no terminal
     )
 
     def write_log(**entry):
         head = {k: state[k] for k in ("step", "tokens")} | {"hours": state["elapsed"] / 3600, "progress": progress}
         log.write(json.dumps(head | entry) + "\n")
+        if wandb_log and rank == 0:
+            wandb.log(head | entry, step=state["step"])
         bar.n = min(state["step"] if max_steps else round(state["elapsed"]), bar.total)
-        if bar.disable or "val_loss" in entry:
+        if bar.disable or "loss" not in entry:
             values = ", ".join(f"{k} {v:,.4g}" for k, v in entry.items() if v is not None)
             tqdm.write(f"step {state['step']:,}, {state['elapsed']:,.0f} s: {values}")
             sys.stdout.flush()
         else:
-            bar.set_postfix_str(f"loss {entry['loss']:.3f}, {entry['tokens_per_s']:,.0f} tokens/s, MFU {entry['mfu']:.0%}")
+            values = f"loss {entry['loss'] or math.nan:.3f}, {entry['tokens_per_s']:,.0f} tokens/s, MFU {entry['mfu']:.0%}"
+            bar.set_postfix_str(values)
 
-    def require_finite():
-        """Nothing is saved behind a loss or gradient that is nan. (fp16 meets infinite ones; its scaler skips them.)"""
-        if not math.isfinite(loss_sum) or not (scaler.is_enabled() or math.isfinite(grad_norm)):
-            sys.exit(
-                f"train.py: the loss or its gradient is not finite at step {state['step']:,} (learning rate {lr:.3g}, "
-                f"gradient norm {float(grad_norm):.3g}); lower learning_rate, or --dtype=float32; checkpoints are from before"
-            )
-
+    # Steps whose loss or gradient is not finite are left out, on the device. So many in a row need help; fp16 begins with
+    # some, until its scaler has found a scale.
+    too_many, last_recovery = 20 if scaler.is_enabled() else 3, -math.inf
     generator = torch.Generator(where)
     model.train()
-    step_model, first_step, speed_said = model, state["step"], False
-    loss_sum, grad_norm, lr = torch.zeros((), device=where), torch.zeros(()), 0.0
-    steps = tokens = 0  # since the last log line
+    step_model, batch, first_step, speed_said = model, (), state["step"], False
+    loss_sum = skipped = streak = worst = grad_norm = torch.zeros((), device=where)
+    lr, rows, steps, tokens = 0.0, 0, 0, 0  # the last two since the last log line, as are loss_sum, skipped and worst
     timer = time.monotonic()  # start of the log interval; evaluations and checkpoints move it on
     start = timer - state["elapsed"]
     last_eval = last_checkpoint = state["elapsed"]
     while True:
         now = time.monotonic()
         state["elapsed"] = now - start
+        if world > 1:  # the clock of rank 0 is everyone's
+            shared = torch.tensor([state["elapsed"] * (rank == 0), float(reason != "")], dtype=torch.float64)
+            dist.all_reduce(shared, dist.ReduceOp.MAX)
+            state["elapsed"], reason = shared[0].item(), reason or "stopped" * int(shared[1])
         progress = min(state["step"] / max_steps if max_steps else state["elapsed"] / (budget_hours * 3600), 1.0)
         done = progress >= 1.0
-        save = done or stopped or state["elapsed"] - last_checkpoint >= 60 * checkpoint_minutes
-
-        # evaluate
-        if done or (state["elapsed"] - last_eval >= 60 * eval_minutes and not stopped):
-            require_finite()
-            val_loss, val_accuracy = evaluate(model, val_rows, mask_id, where)
-            write_log(val_loss=val_loss, val_accuracy=val_accuracy)
-            last_eval = state["elapsed"] = time.monotonic() - start
-
-        # save
-        if save:
-            require_finite()
-            with replace_file(out / "ckpt.pt") as f:
-                own = {k: v for k, v in config.items() if k not in FREE_KEYS}
-                parts = {"model": model.state_dict(), "optimizer": opt.state_dict(), "scaler": scaler.state_dict()}
-                torch.save({**parts, **state, "rng": torch.get_rng_state(), "config": own}, f)
-            last_checkpoint = state["elapsed"]
-
-        # stop
-        if done:
-            break
-        if stopped:
-            how = "the same command" if resume == "auto" else "--resume=auto"
-            sys.exit(f"train.py: stopped and saved at step {state['step']:,}; {how} continues")
-        timer += time.monotonic() - now
-
-        # step
-        lr = learning_rate * learning_rate_factor(progress)
-        for group in opt.param_groups:
-            group["lr"] = lr
-        rows, rng = batch_rows(progress), torch.get_rng_state()
-        ids = next_rows(train_rows, state["rows"], rows, where)
-        # the masks of a step depend on seed and step alone, not on how its batch is split
-        generator.manual_seed(int(np.random.SeedSequence([seed, state["step"]]).generate_state(1)[0]))
-        inputs, positions, targets = mask_tokens(ids, count, mask_id, vocab_size, generator, mask_80_10_10)
-        for i in range(0, rows, micro_batch_size):
-            part = slice(i, i + micro_batch_size)
-            batch = inputs[part], flat(positions[part], seq_len), targets[part].flatten()
-            if compile and state["step"] == first_step and i == 0:
-                step_model = compiled(model, scaler, *batch)
-            if stopped:
-                break
-            loss = step_model(*batch) * (micro_batch_size / rows)
-            scaler.scale(loss).backward()
-            loss_sum += loss.detach()
-        if stopped:  # do not let a large batch delay the checkpoint; this step is done again, from its start
-            opt.zero_grad(set_to_none=True)
-            torch.set_rng_state(rng)
-            continue
-        scaler.unscale_(opt)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        scaler.step(opt)
-        scaler.update()
-        opt.zero_grad(set_to_none=True)
-        if (state["rows"] + rows) // len(train_rows) > state["rows"] // len(train_rows):
-            tqdm.write(f"the corpus ends at step {state['step']:,}; it starts again, with other masks")
-        state["step"] += 1
-        state["tokens"] += rows * seq_len
-        state["rows"] += rows
+        save = done or reason or state["elapsed"] - last_checkpoint >= 60 * checkpoint_minutes
 
         # log
-        steps, tokens = steps + 1, tokens + rows * seq_len
-        if state["step"] == first_step + 1 and log_seconds:
-            loss_sum.item()  # waits for the device; the first step compiles, so its time says nothing about the speed
-            tokens, timer = 0, time.monotonic()
-        elif time.monotonic() - timer >= log_seconds:
-            require_finite()
-            speed = tokens / (time.monotonic() - timer)
-            state["elapsed"] = time.monotonic() - start
-            if not speed_said and not max_steps:
+        if steps and (done or now - timer >= log_seconds):
+            speed, left_out = tokens / max(now - timer, 1e-9), int(skipped)
+            if tokens and not speed_said and not max_steps:
                 seen = state["tokens"] + speed * (budget_hours * 3600 - state["elapsed"])
                 tqdm.write(
                     f"{budget_hours:.3g} h of budget, the corpus lasts {train_rows.size / speed / 3600:.3g} h at "
@@ -469,25 +474,122 @@ def main(config):
                     )
                 speed_said = True
             write_log(
-                loss=loss_sum.item() / steps,
+                loss=loss_sum.item() / (steps - left_out) if steps > left_out else None,
                 lr=lr,
                 batch_size=rows,
                 grad_norm=float(grad_norm) if math.isfinite(grad_norm) else None,
                 tokens_per_s=speed,
-                mfu=speed * flops / peak,
+                mfu=speed * flops / peak / world,
+                epoch=state["rows"] / len(train_rows),
+                skipped=left_out,
             )
             steps = tokens = 0
-            loss_sum.zero_()
-            timer = time.monotonic()
+            timer = now
+        if (save or not steps) and worst >= too_many:
+            if not (out / "ckpt.pt").exists() or state["step"] - last_recovery < 100:
+                sys.exit(
+                    f"train.py: loss or gradient not finite {int(worst)} times in a row, step {state['step']:,}, learning "
+                    f"rate {lr:.3g}, gradient norm {float(grad_norm):.3g}, first module with such an output: "
+                    f"{first_non_finite(model, *batch)}; lower learning_rate, or --dtype=float32; what was saved is intact"
+                )
+            ckpt = load_checkpoint(out / "ckpt.pt", config)
+            restore(ckpt)
+            write_log(back_to_step=ckpt["step"], skipped=int(worst))
+            last_recovery, streak = state["step"], torch.zeros_like(streak)
+            del ckpt
+        if not steps:
+            loss_sum, skipped, worst = (torch.zeros_like(loss_sum) for _ in range(3))
+
+        # evaluate
+        if rank == 0 and (done or (state["elapsed"] - last_eval >= 60 * eval_minutes and not reason)):
+            val_loss, val_accuracy = evaluate(model, val_rows, mask_id, where)
+            state["elapsed"] = last_eval = time.monotonic() - start
+            write_log(val_loss=val_loss, val_accuracy=val_accuracy)
+
+        # save
+        if rank == 0 and save:
+            own = {k: v for k, v in config.items() if k not in FREE_KEYS}
+            parts = {"model": model.state_dict(), "optimizer": opt.state_dict(), "scaler": scaler.state_dict()}
+            torch_save(out / "ckpt.pt", {**parts, **state, "config": own, "torch": str(torch.__version__)})
+            last_checkpoint = state["elapsed"]
+
+        # stop
+        if done:
+            break
+        if reason:
+            how = "the same command" if resume == "auto" else "--resume=auto"
+            sys.exit(f"train.py: {reason}; saved at step {state['step']:,}, {how} continues")
+        timer += time.monotonic() - now
+
+        # step
+        lr = learning_rate * learning_rate_factor(progress)
+        for group in opt.param_groups:
+            group["lr"] = lr
+        rows = batch_rows(progress)
+        ids = next_rows(train_rows, state["rows"], rows, where)
+        # masks and dropout depend on seed and step alone: not on interruptions, nor masks on how the batch is split
+        step_seed = int(np.random.SeedSequence([seed, state["step"]]).generate_state(1)[0])
+        inputs, positions, targets = mask_tokens(
+            ids, count, mask_id, vocab_size, generator.manual_seed(step_seed), mask_80_10_10
+        )
+        step_loss, first = torch.zeros((), device=where), rows // world * rank
+        try:
+            for i in range(first, first + rows // world, micro_batch_size):
+                part = slice(i, i + micro_batch_size)
+                batch = inputs[part], flat(positions[part], seq_len), targets[part].flatten()
+                if i == first:
+                    if compile and state["step"] == first_step:
+                        step_model = compiled(model, scaler, *batch)
+                    torch.manual_seed(step_seed + rank)
+                if reason and world == 1:
+                    break
+                loss = step_model(*batch) * (micro_batch_size / rows)
+                scaler.scale(loss).backward()
+                step_loss += loss.detach()
+        except torch.OutOfMemoryError:
+            if world > 1:
+                raise
+            reason = f"out of memory; --micro_batch_size={max(micro_batch_size // 2, 1)} needs less for the same result"
+        if reason and world == 1:  # do not let a large batch delay the checkpoint; this step is done again, from its start
+            opt.zero_grad(set_to_none=True)
+            continue
+        if world > 1:  # by hand, once a step: DDP would add hooks, a wrapper, and other names to save five lines
+            for tensor in [step_loss, *(p.grad for p in model.parameters())]:
+                dist.all_reduce(tensor)
+        scaler.unscale_(opt)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        bad = ~(step_loss.isfinite() & grad_norm.isfinite())
+        if not scaler.is_enabled():
+            opt.found_inf = bad.float()  # the fused step leaves itself out, as it does for a scaler
+        scaler.step(opt)
+        scaler.update()
+        opt.zero_grad(set_to_none=True)
+        loss_sum = loss_sum + step_loss.where(~bad, 0.0)
+        skipped = skipped + bad
+        streak = (streak + 1) * bad
+        worst = worst.maximum(streak)
+        if (state["rows"] + rows) // len(train_rows) > state["rows"] // len(train_rows):
+            tqdm.write(f"the corpus ends at step {state['step']:,}; it starts again, with other masks")
+        state["step"] += 1
+        state["tokens"] += rows * seq_len
+        state["rows"] += rows
+        steps, tokens = steps + 1, tokens + rows * seq_len
+        if state["step"] == first_step + 1 and log_seconds:
+            step_loss.item()  # waits for the device; the first step compiles, so its time says nothing about the speed
+            tokens, timer = 0, time.monotonic()
 
     bar.close()
-    write_json(out / "rules.json", rules_record(meta["settings"], state["elapsed"] / 3600, where))
-    with replace_file(out / "model.pt") as f:
-        torch.save({"config": vars(model.config), "model": model.state_dict()}, f)
-    print(
-        f"{out / 'model.pt'}: val_loss {val_loss:.3f} nats after {state['elapsed'] / 3600:.3f} h, {state['step']:,} steps, "
-        f"{state['tokens'] / 1e6:.1f} M tokens, {flops * state['tokens'] / 1e18:.3g} exaFLOP"
-    )
+    if rank == 0:
+        write_json(out / "rules.json", rules_record(meta["settings"], state["elapsed"] / 3600, where, world))
+        torch_save(out / "model.pt", {"config": vars(model.config), "model": model.state_dict()})
+        used, hours = flops * state["tokens"], state["elapsed"] / 3600
+        print(
+            f"{out / 'model.pt'}: val_loss {val_loss:.3f} nats after {hours:.3f} h, {state['step']:,} steps, "
+            f"{state['tokens'] / 1e6:.1f} M tokens, {used / 1e18:.3g} exaFLOP, "
+            f"{used / (peak * world * max(hours * 3600, 1e-9)):.0%} of the peak"
+        )
+    if world > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 import json
 import random
+import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, sentences
+from conftest import TINY, sentences, start
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import pearsonr
@@ -13,6 +15,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 import finetune_glue as G
 
+LABELS = ["entailment", "neutral", "contradiction"]
 SMALL = ["--glue_dir=glue", "--glue_epochs=1", "--glue_seeds=2", "--glue_max_len=32", "--glue_learning_rate=0.001"]
 
 
@@ -63,6 +66,14 @@ def test_classification_metrics_against_scikit_learn(pairs):
     p, y = np.array(pairs).T
     assert G.accuracy(p, y) == pytest.approx(100 * accuracy_score(y, p))
     assert G.f1(p, y) == pytest.approx(100 * f1_score(y, p, zero_division=0.0))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=40))
+def test_matthews_of_two_or_three_classes_against_scikit_learn(pairs):
+    p, y = np.array(pairs).T
+    assert G.matthews(p, y) == pytest.approx(100 * matthews_corrcoef(y, p), abs=1e-9)
+    p, y = p > 0, y > 0
     assert G.matthews(p, y) == pytest.approx(100 * matthews_corrcoef(y, p), abs=1e-9)
 
 
@@ -109,17 +120,17 @@ def test_batches_waste_little_on_padding():
 
 def test_files_with_quirks(glue, monkeypatch, capsys):
     monkeypatch.setattr(G, "glue_dir", "glue")
-    for task in G.GLUE:
-        train, dev, n_classes, metric, partial = G.load_task(task)
-        assert len(train) == 48 and all(len(d) == 20 for d in dev.values()) and partial, task
-        assert n_classes == {"stsb": 1, "mnli": 3}.get(task, 2)
-        assert {y for _, _, y in train} <= ({0.0, 2.5, 5.0} if task == "stsb" else set(range(n_classes)))
-        assert (train[0][1] is None) == (task in ("cola", "sst2"))
-    assert list(G.load_task("mnli")[1]) == ["mnli", "mnli_mm"]
+    for name in G.GLUE:
+        task = G.load_task(name)
+        assert len(task.train) == 48 and all(len(d) == 20 for d in task.dev.values()) and task.partial, task
+        assert len(task.labels) == {"stsb": 0, "mnli": 3}.get(name, 2)
+        assert {y for *_, y in task.train} <= ({0.0, 2.5, 5.0} if name == "stsb" else set(range(len(task.labels))))
+        assert (task.train[0][1] is None) == (name in ("cola", "sst2"))
+    assert list(G.load_task("mnli").dev) == ["mnli", "mnli_mm"]
     assert "QQP/train.tsv: 1 rows with missing fields" in capsys.readouterr().out
-    assert any('"' in a for a, _, _ in G.load_task("mrpc")[0])  # a quotation mark is a character like others
+    assert any('"' in a for a, _, _ in G.load_task("mrpc").train)  # a quotation mark is a character like others
     Path("glue/SST-2/dev.tsv").write_bytes(b"sentence\tlabel\nbal \xff dem\t1\n\t0\n")
-    assert len(G.load_task("sst2")[1]["sst2"]) == 2
+    assert len(G.load_task("sst2").dev["sst2"]) == 2
 
 
 def test_all_tasks_make_a_card_with_the_average(run, glue, model):
@@ -162,7 +173,7 @@ def test_a_second_call_adds_and_repeats_nothing(run, glue, model):
     _, output = run("finetune_glue.py", *args, "--tasks=rte", "--glue_epochs=6", "--glue_seeds=1")
     card = json.loads(Path("out/tiny/glue.json").read_text())
     assert len(card["rows"]["run"]["rte"]["scores"]) == 1  # other settings, other scores
-    assert "more than 5 epochs" in card["rules"] and "they differ" in card["rules"] and "broken" in output
+    assert "more than 5 epochs" in card["rules"] and "glue_epochs differ" in card["rules"] and "broken" in output
 
 
 def test_same_seed_same_score_and_pretrained_differs_from_scratch(run, glue, model):
@@ -194,18 +205,127 @@ def test_hub_layout(monkeypatch):
     """The columns and integer labels of nyu-mll/glue, as its card has them."""
     import datasets
 
-    def fake(path, task):
+    def fake(path, task, split):
         assert path == "nyu-mll/glue"
-        columns = {"mnli": ("premise", "hypothesis"), "cola": ("sentence",), "mrpc": ("sentence1", "sentence2")}[task]
-        label = [2, 0] if task == "mnli" else [1, 0]
-        part = datasets.Dataset.from_dict({**{c: [c, "x"] for c in columns}, "label": label, "idx": [0, 1]})
-        names = ["train", "validation_matched", "validation_mismatched"] if task == "mnli" else ["train", "validation"]
-        return datasets.DatasetDict({n: part for n in names})
+        mnli = {f"{part}_{kind}" for part in ("validation", "test") for kind in ("matched", "mismatched")}
+        assert split in {"mnli": {"train", *mnli}, "ax": {"test"}}.get(task, {"train", "validation", "test"})
+        pairs = {"mnli": ("premise", "hypothesis"), "ax": ("premise", "hypothesis"), "cola": ("sentence",)}
+        columns = pairs.get(task, ("sentence1", "sentence2"))
+        label = [-1, -1] if split.startswith("test") else [2, 0] if task == "mnli" else [1, 0]
+        return datasets.Dataset.from_dict({**{c: [c, "x"] for c in columns}, "label": label, "idx": [0, 1]})
 
     monkeypatch.setattr(datasets, "load_dataset", fake)
-    assert G.load_task("mnli")[0] == [("premise", "hypothesis", 2), ("x", "x", 0)]
-    assert G.load_task("cola")[1] == {"cola": [("sentence", None, 1), ("x", None, 0)]}
-    assert G.load_task("mrpc")[0][0] == ("sentence1", "sentence2", 1)
+    assert G.load_task("mnli").train == [("premise", "hypothesis", 2), ("x", "x", 0)]
+    assert G.load_task("cola").dev == {"cola": [("sentence", None, 1), ("x", None, 0)]}
+    assert G.load_task("mrpc").train[0] == ("sentence1", "sentence2", 1)
+    monkeypatch.setattr(G, "tasks", ["mnli", "ax"])
+    assert G.load_task("mnli").test == {"AX": [("premise", "hypothesis", None), ("x", "x", None)]}
+    assert list(G.load_task("mnli").dev) == ["mnli", "mnli_mm"]
+
+
+def test_the_diagnostic_set_is_scored_with_the_mnli_model(run, glue, model):
+    header = ["Lexical Semantics", "Premise", "Hypothesis", "Label"]
+    write(Path("glue/diagnostic/diagnostic-full.tsv"), header, [["", f"bal {y}", "dem", y] for y in [*LABELS] * 4])
+    message, output = run("finetune_glue.py", *TINY, *SMALL, "--tasks=mnli,ax", "--glue_seeds=1")
+    assert message is None, message
+    row = json.loads(Path("out/tiny/glue.json").read_text())["rows"]["run"]
+    assert row["ax"]["metric"] == "matthews" and -100 <= row["ax"]["median"] <= 100 and "Other tasks | ax |" in output
+    lines = Path("out/tiny/submission/AX.tsv").read_text().splitlines()
+    assert len(lines) == 13 and {line.split("\t")[1] for line in lines[1:]} <= {*LABELS}
+    assert "add mnli to `tasks`" in run("finetune_glue.py", *TINY, *SMALL, "--tasks=rte,ax")[0]
+
+
+def test_predictions_for_the_server(run, glue, model, monkeypatch):
+    """The server's files: a row for each test row, in order, even for a torn one; its own labels; values in 0 to 5."""
+    texts = ["bal dem", "fal", "gol"]
+    write(Path("glue/CoLA/test.tsv"), ["index", "sentence"], [[i, texts[i % 3]] for i in range(1063)])
+    header = "index genre filename year old_index source1 source2 sentence1 sentence2".split()
+    write(Path("glue/STS-B/test.tsv"), header, [[i, *"012345", texts[i % 3], texts[i % 2]] for i in range(1378)] + [[1378]])
+    write(Path("glue/RTE/test.tsv"), ["index", "sentence1", "sentence2"], [[i, "a", "b"] for i in range(3000)])
+    args = [*TINY, *SMALL, "--glue_seeds=1", "--glue_submit=True"]
+    message, output = run("finetune_glue.py", *args, "--tasks=cola,stsb,rte")
+    assert message is None and "the GLUE server also wants SST-2, MRPC, QQP" in output, message
+    with zipfile.ZipFile("out/tiny/submission.zip") as z:
+        assert z.namelist() == ["CoLA.tsv", "RTE.tsv", "STS-B.tsv"]
+        files = {n: [line.split("\t") for line in z.read(n).decode().splitlines()] for n in z.namelist()}
+    assert all(rows[0] == ["index", "prediction"] for rows in files.values())
+    assert all([int(r[0]) for r in rows[1:]] == list(range(len(rows) - 1)) for rows in files.values())
+    assert {name: len(rows) - 1 for name, rows in files.items()} == {"CoLA.tsv": 1063, "RTE.tsv": 3000, "STS-B.tsv": 1379}
+    assert {r[1] for r in files["RTE.tsv"][1:]} <= {*G.YES_NO} and {r[1] for r in files["CoLA.tsv"][1:]} <= {"0", "1"}
+    assert all(0 <= float(r[1]) <= 5 for r in files["STS-B.tsv"][1:])
+    assert len({r[1] for r in files["CoLA.tsv"][1::3]}) == 1  # the same text, the same answer, whatever it is padded to
+    _, output = run("finetune_glue.py", *args, "--tasks=cola,stsb,rte")
+    assert "seed 0:" not in output  # nothing is done twice
+    write(Path("glue/RTE/test.tsv"), ["index", "sentence1", "sentence2"], [[0, "a", "b"]])
+    assert "RTE's test set has 1 rows, the GLUE server wants 3000" in run("finetune_glue.py", *args, "--tasks=rte")[0]
+
+
+def test_ones_own_task(run, home, model):
+    rows = [[f"fal {w}", w] for w in ("bal", "dem", "gol")] * 60
+    write(Path("a.tsv"), ["what", "kind"], rows)
+    Path("a.jsonl").write_text("".join(json.dumps({"what": x, "kind": y, "more": 1}) + "\n" for x, y in rows))
+    scores = []
+    for file in ("a.tsv", "a.jsonl"):
+        own = {"name": f"words_{file[2:]}", "train": file, "dev": file, "columns": ["what"], "label": "kind"}
+        args = [f"--tasks={[own]!r}", "--glue_epochs=5", "--glue_seeds=1", "--glue_learning_rate=0.003"]
+        message, output = run("finetune_glue.py", *TINY, *SMALL, *args)
+        assert message is None and f"| {own['name']} |" in output and "mean of" not in output, message
+        scores.append(json.loads(Path("out/tiny/glue.json").read_text())["rows"]["run"][own["name"]]["median"])
+    assert scores[0] == scores[1] > 95
+    numbers = own | {"name": "n", "metric": "pearson", "train": "n.tsv", "dev": "n.tsv"}
+    write(Path("n.tsv"), ["what", "kind"], [["bal", 1], ["dem", 2.5]] * 20)
+    assert run("finetune_glue.py", *TINY, *SMALL, f"--tasks={[numbers]!r}")[0] is None
+    for change, expected in [
+        ({"columns": []}, "columns (one or two)"),
+        ({"metrics": "f1"}, "an own task has"),
+        ({"metric": "bleu"}, "needs a name of its own"),
+        ({"name": "rte"}, "needs a name of its own"),
+        ({"label": "sort"}, "has no column 'sort'"),
+        ({"dev": "none.tsv"}, "none.tsv is missing; or leave"),
+        ({"metric": "pearson"}, "not one of the numbers"),
+    ]:
+        message, _ = run("finetune_glue.py", *TINY, *SMALL, f"--tasks={[own | change]!r}")
+        assert expected in message and "\n" not in message
+    Path("a.jsonl").write_text('{"what": "x", "kind": "y"}\nno json\n')
+    assert "a line that is not a JSON object" in run("finetune_glue.py", *TINY, *SMALL, f"--tasks={[own]!r}")[0]
+
+
+def test_the_card_sets_published_rows_beneath(run, glue, model):
+    _, output = run("finetune_glue.py", *TINY, *SMALL, "--tasks=rte,cola", "--glue_seeds=1")
+    assert "| BERT-base, fully trained [paper] | 59.2 | 56.5 | 57.9 | 59.2 |" in output  # mean 57.85 of these two
+    assert "not comparable with published scores" in output
+
+
+def test_every_epoch_is_kept_and_the_last_one_counts(run, glue, model):
+    assert run("finetune_glue.py", *TINY, *SMALL, "--tasks=stsb", "--glue_epochs=3")[0] is None
+    entry = json.loads(Path("out/tiny/glue.json").read_text())["rows"]["run"]["stsb"]
+    assert [len(e) for e in entry["epochs"]] == [3, 3] and [e[-1] for e in entry["epochs"]] == entry["scores"]
+    assert len(set(entry["epochs"][0])) == 3 and all(s > 0 for s in entry["seconds"])
+
+
+def test_killed_it_repeats_one_seed_at_most(run, glue, model, home):
+    args = [*TINY, *SMALL, "--tasks=rte,mrpc,cola", "--glue_seeds=6"]
+    process = start("finetune_glue.py", *args, cwd=home)
+    while not Path("out/tiny/glue.json").exists():
+        assert process.poll() is None
+    time.sleep(0.3)
+    process.kill()
+    process.communicate()
+    before = json.loads(Path("out/tiny/glue.json").read_text())["rows"]["run"]
+    message, output = run("finetune_glue.py", *args)
+    assert message is None and output.count(", seed ") + sum(len(e["scores"]) for e in before.values()) == 18
+    whole = json.loads(Path("out/tiny/glue.json").read_text())["rows"]["run"]
+    assert all(whole[t]["scores"][: len(e["scores"])] == e["scores"] for t, e in before.items())
+
+
+def test_odd_texts(run, glue, model):
+    """Empty texts, and one of ten thousand words, are examples like others."""
+    write(
+        Path("glue/RTE/dev.tsv"),
+        ["index", "sentence1", "sentence2", "label"],
+        [[0, "", "", "entailment"], [1, "bal " * 9999, "dem", "entailment"]],
+    )
+    assert run("finetune_glue.py", *TINY, *SMALL, "--tasks=rte", "--glue_seeds=1")[0] is None
 
 
 def test_mistakes_end_in_one_line(run, glue, model):

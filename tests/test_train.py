@@ -1,18 +1,22 @@
+import itertools
 import json
 import math
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, start
+from conftest import ROOT, TINY, start
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import model
 import train
 
 
@@ -84,14 +88,26 @@ def test_triangle_and_ramp_are_the_papers():
         ("linear", [0, 0.5, 1, 0.5, 0]),
         ("cosine", [0, 0.5, 1, 0.5, 0]),
         ("trapezoid", [0, 0.5, 1, 1, 0]),
+        ("inverse_sqrt", [0, 0.5, 1, (0.1 / 0.55) ** 0.5, 0]),
+        ("ramp", [0, 0.05, 0.1, 0.55, 0]),
     ],
 )
 def test_other_schedules(monkeypatch, schedule, values):
     monkeypatch.setattr(train, "schedule", schedule)
     monkeypatch.setattr(train, "warmup", 0.1)
     assert [train.learning_rate_factor(p) for p in (0, 0.05, 0.1, 0.55, 1)] == pytest.approx(values, abs=1e-12)
-    monkeypatch.setattr(train, "warmup", 0.0)
-    assert train.learning_rate_factor(0) == 1.0
+    before, after = (train.learning_rate_factor(0.75 + e) for e in (-1e-9, 1e-9))
+    assert before == pytest.approx(after, abs=1e-6)  # no jump where the cool-down begins
+    if schedule not in ("inverse_sqrt", "ramp"):
+        monkeypatch.setattr(train, "warmup", 0.0)
+        assert train.learning_rate_factor(0) == 1.0
+
+
+def test_one_cycle_is_a_triangle(monkeypatch):
+    monkeypatch.setattr(train, "triangle_base", 0.0)
+    monkeypatch.setattr(train, "cooldown", 0.5)
+    for p in np.linspace(0, 1, 11):
+        assert train.learning_rate_factor(p) == pytest.approx(1 - abs(2 * p - 1))
 
 
 def test_evaluation_is_the_same_whatever_the_batch():
@@ -183,7 +199,7 @@ def test_ctrl_c_in_a_large_step_saves_at_once_and_the_step_is_done_again(run, ti
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     said = "".join(process.communicate())
-    assert "stopped and saved at step 1" in said
+    assert "stopped; saved at step 1, the same command continues" in said
     assert run("train.py", *args)[0] is None
     a, b = weights("whole"), weights()
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -283,9 +299,17 @@ def test_mistakes_end_in_one_line_before_anything_is_touched(run, tiny_data):
         (["--micro_batch_size=3"], "must divide batch_size"),
         (["--max_len=16"], "rows have 32 tokens, more than max_len = 16"),
         (["--n_head=5"], "not divisible by n_head = 5"),
+        (["--schedule=inverse_sqrt"], "set warmup"),
+        (["--wandb_log=True"], "needs `pip install wandb`"),
     ]:
         message, _ = run("train.py", *TINY, "--max_steps=2", *args)
         assert expected in message and "\n" not in message
+    for name, args in (("train.bin", ["--check_data=True"]), ("val.bin", [])):
+        good = Path("data/tiny", name).read_bytes()
+        Path("data/tiny", name).write_bytes(good[:-2] + b"\x07\x00")
+        message, _ = run("train.py", *TINY, "--max_steps=2", *args)
+        assert f"{name} is not the file that meta.json describes" in message
+        Path("data/tiny", name).write_bytes(good)
     with open("data/tiny/train.bin", "r+b") as f:
         f.truncate(1000)
     message, _ = run("train.py", *TINY, "--max_steps=2")
@@ -318,16 +342,126 @@ def test_a_checkpoint_can_run_no_code(run, tiny_data):
     assert "cannot be read" in message and not Path("pwned").exists()
 
 
-def test_a_loss_that_is_nan_ends_the_run_and_keeps_the_checkpoint(run, tiny_data, home):
-    process = start("train.py", *TINY, "--max_steps=10_000_000", "--checkpoint_minutes=0.001", cwd=home)
+def sabotage(monkeypatch, at, how):
+    """The training losses number `at`, counted over all forward passes from 1 on, go through `how(loss, model)`."""
+    forward, calls = model.BERT.forward, itertools.count(1)
+
+    def forward_or_fault(self, ids, positions, targets=None):
+        loss = forward(self, ids, positions, targets)
+        return how(loss, self) if targets is not None and next(calls) in at else loss
+
+    monkeypatch.setattr(model.BERT, "forward", forward_or_fault)
+
+
+NAN_LOSS = lambda loss, model: loss * math.nan  # noqa: E731
+NAN_GRADIENT = lambda loss, model: loss + (model.embedding.weight[0, 0] * 0).sqrt()  # noqa: E731
+
+
+@pytest.mark.parametrize("how", [NAN_LOSS, NAN_GRADIENT])
+def test_a_step_that_is_not_finite_is_left_out_and_logged(run, tiny_data, monkeypatch, how):
+    sabotage(monkeypatch, {3, 7, 8}, how)
+    assert run("train.py", *TINY, "--max_steps=12")[0] is None
+    assert [e["step"] for e in log() if e["skipped"]] == [3, 7, 8]
+    assert all(math.isfinite(e["loss"]) for e in log() if not e["skipped"])
+    assert [e["loss"] for e in log() if e["skipped"]] == [None] * 3
+    opt = torch.load("out/tiny/ckpt.pt", weights_only=True)["optimizer"]["state"]
+    assert {int(p["step"]) for p in opt.values()} == {12 - 3}  # AdamW has taken the other steps
+    assert all(v.isfinite().all() for v in weights().values())
+
+
+def test_three_in_a_row_go_back_to_the_checkpoint_and_the_data_move_on(run, tiny_data, monkeypatch):
+    sabotage(monkeypatch, {40, 41, 42}, NAN_LOSS)
+    args = [*TINY, "--max_steps=60", "--checkpoint_minutes=0.0001"]
+    message, output = run("train.py", *args)
+    assert message is None, message
+    (back,) = log(key="back_to_step")
+    assert back["step"] == 42 and back["skipped"] == 3 and 1 <= back["back_to_step"] <= 42
+    assert log()[-1]["tokens"] == 60 * 8 * 32 and log()[-1]["loss"] < log()[0]["loss"]
+
+
+def test_a_run_that_stays_broken_stops_with_a_diagnosis(run, tiny_data, monkeypatch):
+    sabotage(monkeypatch, {*range(20, 23), *range(50, 90)}, NAN_LOSS)
+    message, _ = run("train.py", *TINY, "--max_steps=200", "--checkpoint_minutes=0.0001")
+    assert "not finite 3 times in a row, step 52" in message and "first module with such an output: the loss" in message
+    assert not Path("out/tiny/model.pt").exists()
+    assert all(v.isfinite().all() for v in torch.load("out/tiny/ckpt.pt", weights_only=True)["model"].values())
+
+
+def test_the_diagnosis_names_the_first_module(run, tiny_data):
+    from test_model import bert
+
+    broken = bert()
+    with torch.no_grad():
+        broken.blocks[1].up.weight[3, 3] = math.inf
+    batch = torch.randint(50, (2, 16)), torch.arange(4), torch.arange(4)
+    assert train.first_non_finite(broken, *batch) == "blocks.1.up"
+    assert train.first_non_finite(bert(), *batch) == "none, only gradients"
+
+
+def test_out_of_memory_saves_and_says_what_to_set(run, tiny_data, monkeypatch):
+    args = [*TINY, "--max_steps=12"]
+    assert run("train.py", *args, "--out_dir=out/whole")[0] is None
+
+    def out_of_memory(loss, model):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
+
+    with monkeypatch.context() as patch:
+        sabotage(patch, {6}, out_of_memory)
+        message, _ = run("train.py", *args)
+    assert "out of memory; --micro_batch_size=4" in message and "saved at step 5" in message and "\n" not in message
+    assert run("train.py", *args, "--micro_batch_size=4")[0] is None
+    assert np.allclose([e["loss"] for e in log()], [e["loss"] for e in log("whole")], atol=1e-4)
+
+
+@pytest.mark.parametrize("where", ["checkpoint", "log"])
+def test_a_full_disk_loses_nothing_that_was_saved(run, tiny_data, home, where):
+    """A limit on the size of files stands for the disk: writes fail in the middle of a file."""
+    assert run("train.py", *TINY, "--max_steps=3")[0] is None
+    os.remove("out/tiny/model.pt")
+    before = Path("out/tiny/ckpt.pt").read_bytes()
+    limit = len(before) // 2 if where == "checkpoint" else Path("out/tiny/log.jsonl").stat().st_size + 300
+    script = f"ulimit -f {max(limit // 1024, 1)}; exec {sys.executable} {ROOT / 'train.py'} " + " ".join(TINY)
+    if where == "log":
+        script += " --checkpoint_minutes=60"
+    process = subprocess.run(["bash", "-c", script + " --max_steps=3"], capture_output=True, text=True)
+    last = process.stderr.strip().splitlines()[-1]
+    assert process.returncode == 1 and last.startswith("train.py:") and "what was saved before is intact" in last
+    assert Path("out/tiny/ckpt.pt").read_bytes() == before
+    assert not Path("out/tiny/model.pt").exists() and not list(Path("out/tiny").glob("*.tmp"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py")]
+
+
+def test_two_processes_give_the_curve_of_one(run, tiny_data):
+    args = [*TINY, "--max_steps=20", "--batch_size=16", "--batch_ramp=0.5", "--batch_ramp_rows=8", "--micro_batch_size=2"]
+    assert run("train.py", *args, "--out_dir=out/one")[0] is None
+    process = subprocess.run([*TORCHRUN, *args, "--out_dir=out/two"], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    one, two = ([e["loss"] for e in log(name)] for name in ("one", "two"))
+    assert len(two) == 20 and np.allclose(one, two, atol=1e-4)
+    assert all(torch.allclose(weights("one")[k], v, atol=1e-3) for k, v in weights("two").items())
+    assert "2 cpu" in json.loads(Path("out/two/rules.json").read_text())["4 one GPU, 24 hours"]["did"]
+
+
+def test_a_dead_process_ends_the_job_and_the_checkpoint_continues_on_one(run, tiny_data, home):
+    args = [*TINY, "--max_steps=100_000", "--checkpoint_minutes=0.001", "--micro_batch_size=4"]
+    job = subprocess.Popen([*TORCHRUN, *args], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     while not Path("out/tiny/ckpt.pt").exists():
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.1)
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    assert job.wait(timeout=120) != 0
+    job.communicate()
+    step = torch.load("out/tiny/ckpt.pt", weights_only=True)["step"]
+    process = start("train.py", *args, cwd=home)
+    while last_step() < step + 5:
         assert process.poll() is None
+        time.sleep(0.05)
     process.terminate()
-    process.communicate()
-    before = torch.load("out/tiny/ckpt.pt", weights_only=True)
-    broken = {**before, "model": {k: v * math.nan for k, v in before["model"].items()}}
-    torch.save(broken, "out/tiny/ckpt.pt")
-    text = Path("out/tiny/ckpt.pt").read_bytes()
-    message, _ = run("train.py", *TINY, "--max_steps=10_000_000", "--checkpoint_minutes=0.001")
-    assert "is not finite at step" in message and "learning rate" in message
-    assert Path("out/tiny/ckpt.pt").read_bytes() == text and not Path("out/tiny/model.pt").exists()
+    assert f"continuing out/tiny at step {step:,}" in process.communicate()[0]

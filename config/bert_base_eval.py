@@ -1,0 +1,8 @@
+# The fully trained BERT-base from the hub under the same protocol, with the paper's setting for it (batch 32, 2e-5):
+# python finetune_glue.py config/bert_base_eval.py. With --out_dir=out/crammed it is a row of that run's card.
+exec(open("config/bert_base.py").read())
+out_dir = "out/bert_base_eval"
+
+glue_init = "google-bert/bert-base-uncased"
+glue_batch_size = 32
+glue_learning_rate = 2e-5
