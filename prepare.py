@@ -1,18 +1,17 @@
 """Text to bins: python prepare.py config/demo.py  ->  data/<dataset>/{train.bin, val.bin, tokenizer.json, meta.json}
 
 1. Read all sources once into one spool file; put aside the documents with the smallest hashes for validation.
-2. Train a WordPiece vocabulary on a sample of the others.
-3. Tokenize, drop documents that compress badly, join the rest with <sep> and cut them into rows of seq_len tokens.
+2. Train a vocabulary on a sample of the others.
+3. Tokenize, drop documents that compress badly, join the rest with <sep>, cut out what is there twice if asked to, and cut
+   the tokens into rows of seq_len.
 4. Write the rows in training order, so that training reads them sequentially.
 
-All of it happens in data/<dataset>.tmp, which is renamed when it is complete.
+All of it happens in data/<dataset>.tmp, which is renamed when it is complete. Of a finished data set, --peek=3 prints some
+rows, and --overlap=FOLDER counts the dev sentences of GLUE that are in it.
 """
 
-import glob
-import gzip
 import hashlib
 import heapq
-import io
 import json
 import os
 import random
@@ -20,7 +19,6 @@ import re
 import shutil
 import sys
 import time
-import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,18 +28,23 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from tqdm import tqdm
 
 from configurator import configure, write_json
-from package_docs import TASK_CHARS, package_documents, write_tasks
+from package_docs import TASK_CHARS, write_tasks
+from rows import deduplicate, n_ids, order_table, show_overlap, show_rows, training_order, write_ordered
+from sources import local_files, read_documents
 
 dataset = "demo"  # name of the corpus: the bins are written to data/<dataset>
-sources = ["docs"]  # "docs", files, folders or globs of txt, jsonl, csv, parquet, or dicts for datasets.load_dataset
-vocab_size = 32768  # [16, 65536] entries of the WordPiece vocabulary, special tokens included
+sources = ["docs"]  # "docs", files, folders or globs, or dicts: {"files": ...} or what datasets.load_dataset takes
+txt_document = "blank_line"  # {blank_line, line, file} what is a document in a .txt file: up to a blank line, a line, all
+tokenizer_kind = "wordpiece"  # {wordpiece, bpe, unigram} kind of the vocabulary
+vocab_size = 32768  # [16, 65536] entries of the vocabulary, special tokens included
 seq_len = 128  # [1, 65536] tokens a row
-tokenizer_file = ""  # a given tokenizer.json; empty = train a WordPiece vocabulary on the corpus
+tokenizer_file = ""  # a given tokenizer.json, or one on the hub as owner/dataset/path/in/it.json; empty = train one
 tokenizer_chars = 400_000_000  # [1, inf) raw characters, sampled from all, that the vocabulary is trained on
 val_rows = 2048  # [1, inf) rows held out for validation
 max_chars = 0  # [0, inf) raw characters to read in all, 0 = everything
 max_rows = 0  # [0, inf) training rows to keep after ordering, 0 = all
 filter_ratio = 0.0  # [0, inf) drop documents with more tokens per raw character than this, 0 = off
+dedup_tokens = 0  # [0, inf) cut out every later occurrence of a run of so many tokens, 0 = off
 order = "shuffle"  # {shuffle, sentence_length, unigram, reverse_unigram, word_length, fragment} of the training rows
 insert_sep = True  # end each document with <sep>
 insert_cls = False  # begin each document with <cls>
@@ -49,112 +52,12 @@ lowercase = True  # normaliser: lower-case the text
 strip_accents = True  # normaliser: e for é
 ascii_only = True  # normaliser: drop what is not ASCII
 seed = 1337  # [0, inf) seed of shuffles and samples
+peek = 0  # [0, inf) rows to print of a finished data set
+overlap = ""  # folder of GLUE, to count its dev sentences in a finished data set
 
 SPECIAL_TOKENS = ["<pad>", "<unk>", "<cls>", "<sep>", "<mask>"]
-SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 MAX_DOCUMENT = 1_000_000  # characters; a longer text is cut into several documents
 CHARS_PER_TOKEN = 8  # more than any vocabulary reaches: sizes the held-out text before there is a vocabulary
-CHUNK = 65536  # rows
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sources. Each yields (text, label); the label is the package for "docs" and empty elsewhere
-
-
-def read_documents(source, counts):
-    """All documents of one entry of `sources`. Bad rows are counted, a bad source ends the process with one line."""
-    if source == "docs":
-        yield from package_documents()
-    elif isinstance(source, dict):
-        entry = {"split": "train", **source}
-        column = entry.pop("column", "text")
-        yield from dataset_documents(entry, column, str(entry.get("path")))
-    else:
-        for path in local_files(source):
-            plain = path.removesuffix(".gz").removesuffix(".zst")
-            try:
-                if plain.endswith((".csv", ".parquet")):
-                    entry = {"path": plain.rpartition(".")[2], "data_files": path, "split": "train"}
-                    yield from dataset_documents(entry, "text", path)
-                else:
-                    with open_text(path) as f:
-                        yield from json_lines(f, path, counts) if plain.endswith(".jsonl") else blocks(f)
-            except (EOFError, gzip.BadGzipFile, zlib.error):
-                counts["truncated files"] += 1
-                print(f"prepare.py: warning: {path} is truncated or damaged; what could be read of it is used")
-
-
-def local_files(source):
-    """The files of a path or glob, in an order shuffled by the seed."""
-    source, known = os.path.expanduser(source), tuple(s + z for s in SUFFIXES for z in ("", ".gz", ".zst"))
-    if os.path.isdir(source):
-        files = [p for p in glob.glob(f"{glob.escape(source)}/**", recursive=True) if p.endswith(known)]
-    else:
-        files = [source] if os.path.isfile(source) else [p for p in glob.glob(source, recursive=True) if os.path.isfile(p)]
-    if not files:
-        sys.exit(f"prepare.py: the source {source!r} is no file, folder or glob that holds any of {', '.join(known)}")
-    if odd := [p for p in files if not p.endswith(known)]:
-        sys.exit(f"prepare.py: {odd[0]} is of an unknown kind; known are {', '.join(known)}")
-    files.sort()
-    random.Random(seed).shuffle(files)
-    return files
-
-
-def open_text(path):
-    if path.endswith(".gz"):
-        raw = gzip.open(path)
-    elif path.endswith(".zst"):
-        try:
-            import zstandard
-        except ImportError:
-            sys.exit(f"prepare.py: {path} needs `pip install zstandard`")
-        raw = zstandard.open(path)
-    else:
-        raw = open(path, "rb")
-    return io.TextIOWrapper(raw, encoding="utf-8-sig", errors="replace")
-
-
-def blocks(lines):
-    """Documents of a text file: a blank line ends one, and so does MAX_DOCUMENT."""
-    document, size = [], 0
-    for line in lines:
-        if document and (not line.strip() or size > MAX_DOCUMENT):
-            yield "".join(document), ""
-            document, size = [], 0
-        if line.strip():
-            document.append(line)
-            size += len(line)
-    if document:
-        yield "".join(document), ""
-
-
-def json_lines(lines, path, counts):
-    found = False
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            counts["rows that are not JSON"] += 1
-            continue
-        if isinstance(row, dict) and "text" not in row and not found:
-            sys.exit(f"prepare.py: {path} has no column 'text'; its columns: {', '.join(row)}")
-        found = found or isinstance(row, dict)
-        yield row.get("text") if isinstance(row, dict) else None, ""
-
-
-def dataset_documents(entry, column, name):
-    """Documents of a data set on the hub, or of a file that `datasets` reads, streamed and shuffled through a buffer."""
-    import datasets
-
-    try:
-        for row in datasets.load_dataset(**entry, streaming=True).shuffle(seed=seed, buffer_size=10_000):
-            if column not in row:
-                sys.exit(f"prepare.py: {name} has no column {column!r}; its columns: {', '.join(row)}")
-            yield row[column], ""
-    except Exception as e:
-        reason = (str(e).strip() or "no reason given").splitlines()[0]
-        hint = "" if "data_files" in entry else "; is the hub reachable, and are path, name and split right?"
-        sys.exit(f"prepare.py: cannot read {name}: {type(e).__name__}: {reason}{hint}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -172,31 +75,49 @@ def pieces(text, size):
     yield text[start:]
 
 
-def digest(text):
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+def digest(data):
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
+
+
+def documents(counts):
+    """(document, label) of all sources, in turns: each has its share, by `weight`, of the characters or token ids."""
+    streams = [read_documents(s, seed, txt_document, counts) for s in sources]
+    weights = [s.get("weight", 1.0) if isinstance(s, dict) else 1.0 for s in sources]
+    taken = [0.0] * len(streams)
+    while streams:
+        turn = taken.index(min(taken))
+        document = next(streams[turn], None)
+        if document is not None:
+            taken[turn] += len(document[0] or "") / weights[turn] if isinstance(document[0], (str, list)) else 0
+            yield document
+        elif any(isinstance(s, dict) and "weight" in s for s in sources):
+            print(f"source {turn + 1} of {len(sources)} has ended; to keep the proportions, the corpus ends with it")
+            return
+        else:
+            del streams[turn], taken[turn], weights[turn]
+
+
+def expected_bytes():
+    """Size of the text that will be read, or 0 where it is not known."""
+    if max_chars:
+        return max_chars
+    entries = [s["files"] if isinstance(s, dict) and "files" in s else s for s in sources]
+    if not all(isinstance(e, str) and e != "docs" for e in entries):
+        return 0
+    return sum(os.path.getsize(p) * (4 if p.endswith((".gz", ".zst")) else 1) for e in entries for p in local_files(e))
 
 
 def spool(path, counts):
-    """Reads all sources into `path`, taking turns by characters read. Returns the held-out [(hash, text, label)], sorted.
+    """Reads all sources into `path`. Returns the held-out [(hash, text, label)], sorted.
 
     Held out are the documents with the smallest hashes. So the choice depends on the documents alone, whatever their
     order, and an exact copy of a held-out document is known by its hash.
     """
     budget = val_rows * seq_len * CHARS_PER_TOKEN + (TASK_CHARS if "docs" in sources else 0)
-    streams = [read_documents(s, counts) for s in sources]
-    taken, held, held_chars, hashes = [0] * len(streams), [], 0, set()
-    total = max_chars or sum(os.path.getsize(p) for s in sources if isinstance(s, str) and s != "docs" for p in local_files(s))
-    with (
-        open(path, "wb") as f,
-        tqdm(desc="reading", total=total or None, unit=" chars", unit_scale=True, disable=None) as bar,
-    ):
-        while streams and not (max_chars and counts["characters"] >= max_chars):
-            turn = taken.index(min(taken))
-            document = next(streams[turn], None)
-            if document is None:
-                del streams[turn], taken[turn]
-                continue
-            text, label = document
+    held, held_chars, hashes = [], 0, set()
+    bar = tqdm(desc="reading", total=expected_bytes() or None, unit=" chars", unit_scale=True, disable=None)
+    with open(path, "wb") as f, bar:
+        for text, label in documents(counts):
             if not isinstance(text, str):
                 counts["rows without text"] += 1
                 continue
@@ -209,10 +130,9 @@ def spool(path, counts):
             for part in pieces(text, MAX_DOCUMENT):
                 counts["documents"] += 1
                 counts["characters"] += len(part)
-                taken[turn] += len(part)
                 bar.update(len(part))
                 f.write(part.encode() + b"\0")
-                if (h := digest(part)) in hashes:
+                if (h := digest(part.encode())) in hashes:
                     continue
                 heapq.heappush(held, (-h, part, label))
                 hashes.add(h)
@@ -221,6 +141,8 @@ def spool(path, counts):
                     h, out, _ = heapq.heappop(held)
                     hashes.discard(-h)
                     held_chars -= len(out)
+            if max_chars and counts["characters"] >= max_chars:
+                break
     if not held:
         sys.exit(f"prepare.py: the sources {sources} hold no text")
     if counts["characters"] < 5 * held_chars:
@@ -238,9 +160,8 @@ def read_spool(path, cutoff):
         while block := f.read(1 << 24):
             *documents, rest = (rest + block).split(b"\0")
             for document in documents:
-                text = document.decode()
-                if digest(text) > cutoff:
-                    yield text
+                if digest(document) > cutoff:
+                    yield document.decode()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -248,7 +169,7 @@ def read_spool(path, cutoff):
 
 
 def train_tokenizer(sample):
-    """The paper's tokenizer [repo]: normaliser, split at white space and punctuation, WordPiece.
+    """The paper's tokenizer [repo]: normaliser, split at white space and punctuation, WordPiece; or BPE or Unigram.
 
     sample: a function that returns an iterator over texts, the same ones each time.
     """
@@ -271,20 +192,46 @@ def train_tokenizer(sample):
     alphabet = sorted(sorted(counts, key=lambda x: (-counts[x], x))[: vocab_size // 4])
     rare = {c: " " for c, form in forms.items() if any(x not in alphabet and not x.isspace() for x in form)}
 
+    texts = lambda: (t.translate(rare) for t in sample()) if rare else sample()  # noqa: E731
+    if tokenizer_kind != "wordpiece":
+        return train_bpe_or_unigram(texts(), trained.normalizer, alphabet)
     # The trainer numbers "##c" in the order of a hash table, and ties between merges follow these numbers. As special
     # tokens in sorted order they make the vocabulary the same in each run; the tokenizer proper is then made without them.
     fixed, bar = SPECIAL_TOKENS + [f"##{c}" for c in alphabet], sys.stderr.isatty()
     trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=fixed, show_progress=bar)
-    trained.train_from_iterator((t.translate(rare) for t in sample()) if rare else sample(), trainer)
-    if (size := trained.get_vocab_size()) != vocab_size:
-        sys.exit(
-            f"prepare.py: the corpus is too small for vocab_size = {vocab_size}: it gives {size} entries; "
-            f"set vocab_size to {size} or less, or add text"
-        )
+    trained.train_from_iterator(texts(), trainer)
+    require_size(trained.get_vocab_size())
     tokenizer = Tokenizer(models.WordPiece(vocab=trained.get_vocab(), unk_token="<unk>"))
     tokenizer.add_special_tokens(SPECIAL_TOKENS)
     tokenizer.normalizer, tokenizer.pre_tokenizer = trained.normalizer, trained.pre_tokenizer
     tokenizer.decoder = decoders.WordPiece(prefix="##")
+    return with_template(tokenizer)
+
+
+def train_bpe_or_unigram(texts, normalizer, alphabet):
+    """The paper's ablations of the tokenizer; the first token of a word begins with a "▁"."""
+    common = {"vocab_size": vocab_size, "special_tokens": SPECIAL_TOKENS, "initial_alphabet": alphabet}
+    common["show_progress"] = sys.stderr.isatty()
+    if tokenizer_kind == "bpe":
+        tokenizer, trainer = Tokenizer(models.BPE(unk_token="<unk>")), trainers.BpeTrainer(**common)
+    else:
+        tokenizer, trainer = Tokenizer(models.Unigram()), trainers.UnigramTrainer(unk_token="<unk>", **common)
+    tokenizer.normalizer, tokenizer.decoder = normalizer, decoders.Metaspace()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Metaspace()])
+    tokenizer.train_from_iterator(texts, trainer)
+    require_size(tokenizer.get_vocab_size())
+    return with_template(tokenizer)
+
+
+def require_size(size):
+    if size != vocab_size:
+        sys.exit(
+            f"prepare.py: the corpus is too small for vocab_size = {vocab_size}: it gives {size} entries; "
+            f"set vocab_size to {size} or less, or add text"
+        )
+
+
+def with_template(tokenizer):
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<cls> $A <sep>",
         pair="<cls> $A <sep> $B:1 <sep>:1",
@@ -295,18 +242,20 @@ def train_tokenizer(sample):
 
 def load_tokenizer(path):
     try:
+        if not os.path.exists(path) and path.count("/") >= 2:
+            from huggingface_hub import hf_hub_download
+
+            owner, name, inside = path.split("/", 2)
+            path = hf_hub_download(f"{owner}/{name}", inside, repo_type="dataset")
         tokenizer = Tokenizer.from_file(path)
     except Exception as e:  # tokenizers raises nothing more special
-        sys.exit(f"prepare.py: tokenizer_file = {path!r} cannot be read: {e}")
+        reason = (str(e).strip() or "no reason given").splitlines()[0]
+        sys.exit(f"prepare.py: tokenizer_file = {tokenizer_file!r} cannot be read: {type(e).__name__}: {reason}")
     if n_ids(tokenizer) > 65536:
         sys.exit(f"prepare.py: {path} has {n_ids(tokenizer):,} ids; those over 65,535 do not fit into uint16")
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
-
-
-def n_ids(tokenizer):
-    return max(tokenizer.get_vocab().values()) + 1  # a given vocabulary may have holes
 
 
 def special_ids(tokenizer):
@@ -344,7 +293,11 @@ def batches(texts, size=1 << 20):
 
 
 def pack(path, tokenizer, texts, ids, counts, ratio, total):
-    """Tokenizes, filters and joins the documents; writes full rows of seq_len tokens to `path`. Returns their number."""
+    """Tokenizes, filters and joins the documents; writes full rows of seq_len tokens to `path`.
+
+    Returns their number, and the beginnings of the first few documents that were dropped.
+    """
+    dropped = []
     head, tail = [np.uint16([ids["cls"]])] * insert_cls, [np.uint16([ids["sep"]])] * insert_sep
     rest, n_rows, todo = np.zeros(0, np.uint16), 0, batches(texts)
     bar = tqdm(desc="tokenizing", total=total, unit=" chars", unit_scale=True, disable=None)
@@ -362,6 +315,7 @@ def pack(path, tokenizer, texts, ids, counts, ratio, total):
                     continue
                 if ratio and len(tokens) > ratio * len(text):
                     counts["documents dropped by the filter"] += 1
+                    dropped += [" ".join(text[:100].split())] * (len(dropped) < 3)
                     continue
                 counts["unknown tokens"] += int((tokens == ids["unk"]).sum())
                 counts["characters kept"] += len(text)
@@ -371,47 +325,42 @@ def pack(path, tokenizer, texts, ids, counts, ratio, total):
             full = len(joined) // seq_len
             joined[: full * seq_len].tofile(f)
             n_rows, rest = n_rows + full, joined[full * seq_len :]
+    return n_rows, dropped
+
+
+def copy_rows(work, size, counts):
+    """Rows that are tokenized already: to val.bin those with the smallest hashes, the others to `unordered`.
+
+    size: ids of the tokenizer. Returns the number of the others.
+    """
+    held, hashes = [], set()
+    with open(work / "spool", "wb") as f:
+        for row, _ in tqdm(documents(counts), "reading", unit=" rows", unit_scale=True, disable=None):
+            if not isinstance(row, list) or not all(type(i) is int for i in row):
+                counts["rows without token ids"] += 1
+                continue
+            if len(row) != seq_len:
+                sys.exit(f"prepare.py: a row of the source has {len(row)} tokens, not seq_len = {seq_len}")
+            if not 0 <= min(row) <= max(row) < size:
+                sys.exit(f"prepare.py: a row of the source has an id outside [0, {size}), the tokenizer's")
+            data = np.array(row, np.uint16).tobytes()
+            f.write(data)
+            if (h := digest(data)) not in hashes:
+                heapq.heappush(held, (-h, data))
+                hashes.add(h)
+                if len(held) > val_rows:
+                    hashes.discard(-heapq.heappop(held)[0])
+    n_rows, cutoff = 0, -held[0][0] if held else 0
+    if len(held) < val_rows:
+        sys.exit(f"prepare.py: the sources have {len(held)} different rows, too few for val_rows = {val_rows}")
+    (work / "val.bin").write_bytes(b"".join(data for _, data in sorted(held, reverse=True)))
+    with open(work / "spool", "rb") as spool, open(work / "unordered", "wb") as f:
+        while data := spool.read(2 * seq_len):
+            if digest(data) > cutoff:
+                f.write(data)
+                n_rows += 1
+    counts["tokens"] = n_rows * seq_len
     return n_rows
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Order
-
-
-def order_table(rows, tokenizer, ids):
-    """(vocab_size,) float: summed over a row's tokens it is the row's sort key, smallest first. None for a shuffle."""
-    size = n_ids(tokenizer)
-    if order == "sentence_length":  # most full stops first: many short sentences [repo]
-        return -(np.arange(size) == tokenizer.token_to_id(".")).astype(float)
-    if order == "fragment":  # most ends of documents first
-        return -(np.arange(size) == ids["sep"]).astype(float)
-    if order == "word_length":  # fewest decoded characters first
-        tokens = [tokenizer.id_to_token(i) or "" for i in range(size)]
-        return np.array([len(t) - 2 if t.startswith("##") else len(t) + 1 for t in tokens], float)
-    if order in ("unigram", "reverse_unigram"):  # rarest tokens first, or last; add-one smoothing [repo]
-        n = np.ones(size)
-        for i in range(0, len(rows), CHUNK):
-            n += np.bincount(rows[i : i + CHUNK].ravel(), minlength=size)
-        return np.log2(n / n.sum()) * (1 if order == "unigram" else -1)
-    return None
-
-
-def write_ordered(rows, table, path):
-    """Writes (rows, seq_len) in training order, ties in shuffled order. Returns (number of rows, sha256)."""
-    permutation = np.random.default_rng(seed).permutation(len(rows))
-    if table is not None:
-        keys = np.concatenate([table[rows[i : i + CHUNK]].sum(1) for i in range(0, len(rows), CHUNK)])
-        if np.ptp(keys) == 0 and len(keys) > 1:
-            sys.exit(f"prepare.py: order = {order!r} does not tell the rows apart; are its tokens in them? See insert_sep")
-        permutation = permutation[np.argsort(keys[permutation], kind="stable")]
-    permutation = permutation[: max_rows or None]
-    sha = hashlib.sha256()
-    with open(path, "wb") as f:
-        for i in tqdm(range(0, len(permutation), CHUNK), "ordering", unit=f" x {CHUNK} rows", disable=None):
-            block = rows[permutation[i : i + CHUNK]].tobytes()
-            sha.update(block)
-            f.write(block)
-    return len(permutation), sha.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -420,6 +369,63 @@ def write_ordered(rows, table, path):
 def build(work, config, settings):
     """Writes the whole data set into the folder `work`."""
     counts = Counter()
+    columns = {s.get("column", "text") if isinstance(s, dict) else "text" for s in sources}
+    if "input_ids" in columns:
+        if columns != {"input_ids"} or not tokenizer_file:
+            sys.exit("prepare.py: tokenized rows (column input_ids) need their tokenizer_file, and no other sources beside")
+        tokenizer = load_tokenizer(tokenizer_file)
+        ids, dropped = special_ids(tokenizer), []
+        n_rows = copy_rows(work, n_ids(tokenizer), counts)
+    else:
+        tokenizer, ids, n_rows, dropped = tokenize(work, counts)
+    os.remove(work / "spool")
+    tokenizer.encode_special_tokens = True  # "<mask>" in a text is text
+    tokenizer.save(str(work / "tokenizer.json"))
+    if dedup_tokens:
+        n_rows = deduplicate(work / "unordered", dedup_tokens, seq_len, ids["sep"], counts)
+    if not n_rows:
+        sys.exit(f"prepare.py: not one row of {seq_len} tokens is left of the corpus; is filter_ratio too small?")
+    rows = np.memmap(work / "unordered", np.uint16, "r", shape=(n_rows, seq_len))
+    permutation = training_order(rows, order_table(rows, order, tokenizer, ids["sep"]), seed)[: max_rows or None]
+    sha, n = write_ordered(rows, permutation, work / "train.bin")
+    del rows
+    os.remove(work / "unordered")
+
+    counts = {k: int(v) for k, v in counts.items() if v}
+    meta = {
+        "vocab_size": n_ids(tokenizer),
+        "seq_len": seq_len,
+        "special_ids": ids,
+        "train_rows": len(permutation),
+        "val_rows": val_rows,
+        "sha256": {"train": sha},
+        "settings": settings,
+        "counts": counts,
+    }
+    for name, file in {"val": "val.bin", "tokenizer": "tokenizer.json"}.items():
+        meta["sha256"][name] = hashlib.sha256((work / file).read_bytes()).hexdigest()
+    write_json(work / "config.json", config)
+    write_json(work / "meta.json", meta)
+
+    for what, number in counts.items():
+        print(f"  {what}: {number:,}")
+    if "characters kept" in counts:
+        print(f"  characters per token: {counts['characters kept'] / counts['tokens']:.2f}")
+    print(f"  share of <unk>: {n[ids['unk']] / n.sum():.4%}")
+    print(f"  train.bin: {len(permutation):,} rows of {seq_len}, val.bin: {val_rows:,}")
+    vocabulary = [t for t, i in tokenizer.get_vocab().items() if i not in ids.values()]
+    print(f"  longest tokens: {' '.join(sorted(vocabulary, key=lambda t: (-len(t), t))[:10])}")
+    print(f"  most frequent: {' '.join(tokenizer.id_to_token(int(i)) for i in np.argsort(-n)[:10])}")
+    for text in dropped:
+        print(f"  dropped by the filter: {text} ...")
+    if counts.get("documents dropped by the filter", 0) > counts.get("documents", 0) / 5:
+        print(f"prepare.py: warning: filter_ratio = {filter_ratio} dropped more than a fifth of the documents; "
+              "a small vocabulary needs a larger ratio, or 0")  # fmt: skip
+    show_rows(work, 1)
+
+
+def tokenize(work, counts):
+    """From the sources to val.bin and `unordered`: (tokenizer, special ids, rows in `unordered`, some dropped texts)."""
     held = spool(work / "spool", counts)
     texts = [text for _, text, _ in held]
     cutoff, total = held[-1][0], counts["characters"] - sum(map(len, texts))
@@ -434,14 +440,13 @@ def build(work, config, settings):
             return (t for t in read_spool(work / "spool", cutoff) if rng.random() < tokenizer_chars / total)
 
         tokenizer = train_tokenizer(sample)
-    tokenizer.encode_special_tokens = True  # "<mask>" in a text is text
-    tokenizer.save(str(work / "tokenizer.json"))
+    tokenizer.encode_special_tokens = True
     ids = special_ids(tokenizer)
     print(f"vocabulary: {n_ids(tokenizer):,} entries")
 
     lengths = [len(tokens) and len(tokens) + insert_cls + insert_sep for tokens in encode(tokenizer, texts)]
     n_val = int(np.searchsorted(np.cumsum(lengths), val_rows * seq_len)) + 1  # documents that fill the rows
-    n_rows = pack(work / "val.bin", tokenizer, texts[:n_val], ids, Counter(), 0, None)
+    n_rows, _ = pack(work / "val.bin", tokenizer, texts[:n_val], ids, Counter(), 0, None)
     if n_rows < val_rows:
         sys.exit(
             f"prepare.py: the held-out documents fill {n_rows} of {val_rows} val_rows; does the normaliser suit the text?"
@@ -451,41 +456,15 @@ def build(work, config, settings):
         write_tasks([(text, label) for _, text, label in held[n_val:] if label], work / "tasks", seed)
     else:
         cutoff, total = held[n_val - 1][0], counts["characters"] - sum(map(len, texts[:n_val]))  # the others train
+    texts = read_spool(work / "spool", cutoff)
+    return tokenizer, ids, *pack(work / "unordered", tokenizer, texts, ids, counts, filter_ratio, total)
 
-    n_rows = pack(work / "unordered", tokenizer, read_spool(work / "spool", cutoff), ids, counts, filter_ratio, total)
-    if not n_rows:
-        sys.exit(f"prepare.py: not one row of {seq_len} tokens is left of the corpus; is filter_ratio too small?")
-    rows = np.memmap(work / "unordered", np.uint16, "r", shape=(n_rows, seq_len))
-    n_rows, sha = write_ordered(rows, order_table(rows, tokenizer, ids), work / "train.bin")
-    del rows
-    os.remove(work / "spool")
-    os.remove(work / "unordered")
 
-    counts = {k: int(v) for k, v in counts.items() if v}
-    meta = {
-        "vocab_size": n_ids(tokenizer),
-        "seq_len": seq_len,
-        "special_ids": ids,
-        "train_rows": n_rows,
-        "val_rows": val_rows,
-        "sha256": {"train": sha},
-        "settings": settings,
-        "counts": counts,
-    }
-    for name, file in {"val": "val.bin", "tokenizer": "tokenizer.json"}.items():
-        meta["sha256"][name] = hashlib.sha256((work / file).read_bytes()).hexdigest()
-    write_json(work / "config.json", config)
-    write_json(work / "meta.json", meta)
-
-    for what, number in counts.items():
-        print(f"  {what}: {number:,}")
-    print(f"  characters per token: {counts['characters kept'] / counts['tokens']:.2f}")
-    print(f"  train.bin: {n_rows:,} rows of {seq_len}, val.bin: {val_rows:,}")
-    if counts.get("documents dropped by the filter", 0) > counts["documents"] / 5:
-        print(f"prepare.py: warning: filter_ratio = {filter_ratio} dropped more than a fifth of the documents; "
-              "a small vocabulary needs a larger ratio, or 0")  # fmt: skip
-    row = np.fromfile(work / "train.bin", np.uint16, seq_len)
-    print(f"  the first one: {tokenizer.decode(row.tolist(), skip_special_tokens=False)[:300]} ...")
+def look(folder):
+    if peek:
+        show_rows(folder, peek)
+    if overlap:
+        show_overlap(folder, overlap)
 
 
 def main(config):
@@ -493,7 +472,8 @@ def main(config):
     if not re.fullmatch(r"\w[\w.-]*", dataset):
         sys.exit(f"prepare.py: dataset = {dataset!r} is no plain name for a folder in data/")
     try:
-        settings = json.loads(json.dumps({k: v for k, v in config.items() if k in globals()}))
+        settings = {k: v for k, v in config.items() if k in globals() and k not in ("peek", "overlap")}
+        settings = json.loads(json.dumps(settings))
     except TypeError as e:
         sys.exit(f"prepare.py: sources hold something that config.json cannot: {e}; use strings and numbers")
     if odd := [s for s in sources if not isinstance(s, (str, dict))]:
@@ -505,10 +485,15 @@ def main(config):
                 f"prepare.py: {folder} was prepared otherwise: {'; '.join(changed)}; choose another dataset name, or remove it"
             )
         print(f"{folder} is already prepared; remove it to start anew")
+        look(folder)
         return
     if os.path.lexists(folder):
         sys.exit(f"prepare.py: {folder} exists, but holds no prepared data; choose another dataset name, or remove it")
     work = Path(f"{folder}.tmp")
+    Path("data").mkdir(exist_ok=True)
+    # the text and its tokens at once; later the tokens, twice
+    if (need := 1.6 * expected_bytes()) > (free := shutil.disk_usage("data").free):
+        sys.exit(f"prepare.py: {need / 1e9:.1f} GB of disk are needed, {free / 1e9:.1f} GB are free; lower max_chars")
     try:
         shutil.rmtree(work, ignore_errors=True)  # what a killed run left
         work.mkdir(parents=True)
@@ -525,6 +510,7 @@ def main(config):
     finally:
         shutil.rmtree(work, ignore_errors=True)
     print(f"{folder} is ready after {time.monotonic() - start:.0f} s")
+    look(folder)
 
 
 if __name__ == "__main__":

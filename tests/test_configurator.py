@@ -72,7 +72,7 @@ def test_nan_is_in_no_range():
 
 
 def test_bounds_that_are_included_pass():
-    assert resolve("--dropout=0.0", "--batch_ramp=1.0", "--cooldown=1.0")["batch_ramp"] == 1.0
+    assert resolve("--dropout=0.0", "--batch_ramp=1.0", "--triangle_base=1.0")["batch_ramp"] == 1.0
 
 
 def test_errors_in_a_file_name_file_and_line(tmp_path):

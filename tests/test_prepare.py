@@ -2,17 +2,22 @@ import csv
 import gzip
 import hashlib
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, sentences, start
+from conftest import ROOT, TINY, sentences, start
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 import prepare
+import rows
+import sources
 from package_docs import prose
 
 
@@ -64,7 +69,7 @@ def test_pack_keeps_every_token_in_order(tmp_path_factory, documents, seq_len):
     path = tmp_path_factory.mktemp("pack") / "rows"
     old, prepare.seq_len = prepare.seq_len, seq_len
     texts, ids = [" ".join(map(str, d)) for d in documents], {"cls": 2, "sep": 3, "unk": 1}
-    n_rows = prepare.pack(path, Numbers(), texts, ids, prepare.Counter(), 0, None)
+    n_rows, _ = prepare.pack(path, Numbers(), texts, ids, prepare.Counter(), 0, None)
     prepare.seq_len = old
     expected = [t for d in documents if d for t in [*d, 3]]  # a document without tokens leaves no <sep> either
     assert np.fromfile(path, np.uint16).tolist() == expected[: len(expected) // seq_len * seq_len]
@@ -167,6 +172,28 @@ def test_rare_characters_leave_room_for_words(run):
     assert bins()[2]["counts"]["unknown tokens"] > 100
 
 
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_other_kinds_of_vocabularies(run, home, kind):
+    from transformers import PreTrainedTokenizerFast
+
+    Path("text.txt").write_text("\n\n".join(sentences(400, seed=5)))
+    args = [*TINY, f"--tokenizer_kind={kind}", "--order=word_length", "--vocab_size=56"]
+    message, _ = run("prepare.py", *args)
+    assert message is None, message
+    train, _, meta, tokenizer = bins()
+    assert tokenizer.get_vocab_size() == 56 and meta["special_ids"]["mask"] == 4
+    text = sentences(1)[0].replace("\n", " ").replace(".", " .")
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    assert len(tokenizer.encode(text).ids) < len(text) * 0.6 and meta["counts"].get("unknown tokens", 0) == 0
+    theirs = PreTrainedTokenizerFast(tokenizer_file="data/tiny/tokenizer.json")
+    assert theirs(text)["input_ids"] == tokenizer.encode(text).ids
+    lengths = [sum(len(tokenizer.id_to_token(int(i))) for i in r) for r in train]  # "▁" stands for the space
+    assert lengths == sorted(lengths) and lengths[0] < lengths[-1]
+    process = start("prepare.py", *args, "--dataset=b", cwd=home)
+    process.communicate()
+    assert bins("b")[2]["sha256"] == meta["sha256"]
+
+
 def test_insert_cls(run):
     run("prepare.py", *TINY, "--insert_cls=True")
     val = bins()[1].ravel()
@@ -194,6 +221,208 @@ def test_all_local_kinds_of_files(run):
     assert bins()[2]["counts"]["documents"] == sum(map(len, parts[:4])) + len(parts[1])
     assert run("prepare.py", *TINY, "--dataset=b", "--sources=corpus/**/*.jsonl*")[0] is None
     assert bins("b")[2]["counts"]["documents"] == 2 * len(parts[1])
+
+
+@pytest.mark.parametrize("kind, documents", [("blank_line", 400), ("line", 2000), ("file", 4)])
+def test_what_a_document_of_a_text_file_is(run, kind, documents):
+    for i, part in enumerate(np.array_split(sentences(400), 4)):
+        Path(f"part{i}.txt").write_text("\n\n".join(part))
+    message, _ = run("prepare.py", *TINY, "--sources=part*.txt", f"--txt_document={kind}", "--val_rows=4")
+    assert message is None or kind == "file" and "too few" in message, message
+    if kind == "file":
+        assert sum(1 for p in range(4) for _ in documents_of(f"part{p}.txt", kind)) == 4
+    else:
+        lines = sum(bool(line.strip()) for i in range(4) for line in Path(f"part{i}.txt").read_text().splitlines())
+        assert bins()[2]["counts"]["documents"] == (lines if kind == "line" else documents)
+
+
+def documents_of(path, kind):
+    return sources.read_documents(path, 0, kind, prepare.Counter())
+
+
+def test_sources_in_proportion(run):
+    """One source of three times the weight: three times the characters, until one of them ends."""
+    Path("a.txt").write_text("\n\n".join("bal " + d for d in sentences(300)))
+    Path("b.jsonl").write_text("\n".join(json.dumps({"body": d.upper()}) for d in sentences(300, seed=1)))
+    mix = [{"files": "a.txt", "weight": 3}, {"files": "b.jsonl", "column": "body", "weight": 1.0}]
+    message, output = run("prepare.py", *TINY, f"--sources={mix!r}", "--lowercase=False", "--vocab_size=120")
+    assert message is None and "source 1 of 2 has ended" in output, message
+    size = {True: 0, False: 0}
+    for text, _ in zip(Path("a.txt").read_text().split("\n\n"), range(400)):
+        size[False] += len(text)
+    assert bins()[2]["counts"]["characters"] == pytest.approx(size[False] * 4 / 3, rel=0.02)
+
+
+def test_where_and_nested_columns(run):
+    """The Pile's natural-text subset is a filter of this kind, on meta.pile_set_name."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    names = ["Books3", "Github", "PubMed"]
+    rows = [{"text": d, "meta": {"pile_set_name": names[i % 3]}} for i, d in enumerate(sentences(600))]
+    Path("a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    parquet.write_table(pyarrow.Table.from_pylist(rows), "a.parquet")
+    where = {"meta.pile_set_name": ["Books3", "PubMed"]}
+    sources = [{"files": "a.jsonl"}, {"path": "parquet", "data_files": "a.parquet"}, {"files": "a.parquet"}]
+    for i, source in enumerate(sources):
+        message, _ = run("prepare.py", *TINY, f"--dataset=w{i}", f"--sources={[source | {'where': where}]!r}")
+        assert message is None, message
+        counts = bins(f"w{i}")[2]["counts"]
+        assert counts["documents"] == 400 and counts["rows that `where` leaves out"] == 200
+
+
+def test_tokenized_rows_go_straight_into_bins(run, tiny_data):
+    """The schema of the paper's own data on the hub: rows of input_ids, with their tokenizer.json."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = np.random.default_rng(0).integers(5, 90, (500, 32))
+    rows[7] = rows[300]
+    parquet.write_table(pyarrow.table({"input_ids": rows.tolist()}), "ids.parquet")
+    source = [{"path": "parquet", "data_files": "ids.parquet", "column": "input_ids"}]
+    args = [*TINY, f"--sources={source!r}", "--tokenizer_file=data/tiny/tokenizer.json"]
+    message, _ = run("prepare.py", *args, "--dataset=b")
+    assert message is None, message
+    train, val, meta, _ = bins("b")
+    both = sorted(map(tuple, [*train, *val]))
+    assert set(both) == set(map(tuple, rows)) and len(val) == 16
+    assert not set(map(tuple, train)) & set(map(tuple, val))
+    assert np.abs(np.diff([rows.tolist().index(r.tolist()) for r in train])).mean() > 50  # shuffled
+    for change, expected in [
+        (["--seq_len=16"], "has 32 tokens, not seq_len = 16"),
+        (["--val_rows=600"], "499 different rows, too few for val_rows = 600"),
+        (["--tokenizer_file="], "need their tokenizer_file"),
+        ([f"--sources={[*source, 'text.txt']!r}"], "no other sources beside"),
+    ]:
+        message, _ = run("prepare.py", *args, "--dataset=c", *change)
+        assert expected in message and not Path("data/c").exists()
+    for bad in (90, 70_000):
+        rows[3, 3] = bad
+        parquet.write_table(pyarrow.table({"input_ids": rows.tolist()}), "ids.parquet")
+        assert "an id outside [0, 90)" in run("prepare.py", *args, "--dataset=c")[0]
+
+
+def repeated_by_definition(tokens, n, sep):
+    mark, seen = [False] * len(tokens), set()
+    for i in range(len(tokens) - n + 1):
+        run = tuple(tokens[i : i + n])
+        if sep in run:
+            continue
+        if run in seen:
+            mark[i : i + n] = [True] * n
+        seen.add(run)
+    return mark
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 3), max_size=60), st.integers(1, 7), st.booleans())
+def test_repeats_against_their_definition(tokens, n, collide):
+    """With a hash that is right, and with one that is the same for every run."""
+    own = rows.window_hashes
+    if collide:
+        rows.window_hashes = lambda tokens, n: np.zeros(len(tokens) - n + 1, np.uint64)
+    try:
+        mark = rows.repeated(np.array(tokens, np.uint16), n, 3)
+    finally:
+        rows.window_hashes = own
+    assert mark.tolist() == repeated_by_definition(tokens, n, 3) or len(tokens) <= n
+
+
+def test_window_hashes_differ_where_windows_do():
+    tokens = np.random.default_rng(0).integers(0, 3, 3000).astype(np.uint16)
+    for n in (1, 2, 3, 5, 8, 18):
+        windows = {}
+        for i, h in enumerate(rows.window_hashes(tokens, n).tolist()):
+            assert windows.setdefault(h, tuple(tokens[i : i + n])) == tuple(tokens[i : i + n])
+        assert len(windows) == len({tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)})
+
+
+def test_deduplication_of_a_corpus(run):
+    paragraph = sentences(1, seed=99)[0] * 3
+    documents = [f"{d}\n{paragraph}" if i % 4 == 0 else d for i, d in enumerate(sentences(400))]
+    Path("text.txt").write_text("\n\n".join(documents))
+    assert run("prepare.py", *TINY)[0] is None
+    message, output = run("prepare.py", *TINY, "--dataset=b", "--dedup_tokens=24")
+    assert message is None and "tokens dropped as repeats" in output, message
+    (train, _, a, tokenizer), (less, _, b, _) = bins(), bins("b")
+    assert a["sha256"]["val"] == b["sha256"]["val"]
+    n = len(tokenizer.encode(paragraph, add_special_tokens=False).ids)
+    dropped = b["counts"]["tokens dropped as repeats"]
+    assert 0.6 * 100 * n < dropped < 1.6 * 100 * n and len(train) - len(less) == pytest.approx(dropped / 32, abs=2)
+    message, _ = run("prepare.py", *TINY, "--dataset=c", "--dedup_tokens=24", "--max_chars=9_000_000_000_000")
+    assert "of disk are needed" in message
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 50), st.integers(2, 400), st.randoms())
+def test_rows_are_written_in_their_order_whatever_the_buckets(tmp_path_factory, n, width, keep, bucket, rng):
+    table = np.arange(n * width, dtype=np.uint16).reshape(n, width)
+    permutation = np.array(rng.sample(range(n), n)[: keep or None])
+    path = tmp_path_factory.mktemp("order") / "train.bin"
+    own, rows.BUCKET, chunk, rows.CHUNK = rows.BUCKET, bucket, rows.CHUNK, 7
+    sha, counts = rows.write_ordered(table, permutation, path)
+    rows.BUCKET, rows.CHUNK = own, chunk
+    assert (np.fromfile(path, np.uint16).reshape(-1, width) == table[permutation]).all()
+    assert sha == hashlib.sha256(path.read_bytes()).hexdigest() and counts.sum() == table[permutation].size
+    assert [p.name for p in path.parent.iterdir()] == ["train.bin"]
+
+
+def test_ties_are_shuffled():
+    table = np.repeat(np.array([[1], [0], [2]], np.uint16), 500, axis=0)
+    order = rows.training_order(table, np.array([-1.5, 0.0, 2.0]), 0)
+    assert (np.diff(table[order, 0].astype(int)) >= 0).all() and sorted(order) == list(range(1500))
+    for part in np.split(order, 3):
+        assert abs(np.corrcoef(part, range(500))[0, 1]) < 0.15
+
+
+def test_peek_and_overlap(run, tiny_data):
+    tokenizer = bins()[3]
+    slices = [r[4:20].tolist() for r in bins()[0]]
+    ids = next(s for s in slices if tokenizer.encode(tokenizer.decode(s), add_special_tokens=False).ids == s)
+    row = tokenizer.decode(ids)
+    Path("glue/RTE").mkdir(parents=True)
+    other = "gol " * 12
+    Path("glue/RTE/dev.tsv").write_text(f"index\tsentence1\tsentence2\tlabel\n0\t{row}\t{other}\tentailment\n")
+    message, output = run("prepare.py", *TINY, "--peek=3", "--overlap=glue")
+    assert message is None and output.count(f" of {len(slices)}: ") == 3, output
+    assert "RTE/dev.tsv: 1 of 2 sentences are in data/tiny" in output
+    assert "holds no GLUE" in run("prepare.py", *TINY, "--overlap=data")[0]
+
+
+def test_the_summary(tiny_data):
+    for part in ("share of <unk>: 0.0", "longest tokens: ", "most frequent: . ", "row 0 of", "characters per token: "):
+        assert part in tiny_data
+
+
+@pytest.mark.parametrize("seq_len", [1, 4096])
+def test_extreme_rows(run, seq_len):
+    Path("text.txt").write_text("\n\n".join(sentences(1200)))
+    assert run("prepare.py", *TINY, f"--seq_len={seq_len}", "--val_rows=1")[0] is None
+    train, val, _, _ = bins()
+    assert train.shape[1] == seq_len and val.shape == (1, seq_len)
+
+
+def test_a_full_disk_leaves_nothing(run, home):
+    """A limit on the size of files stands for the disk."""
+    script = f"ulimit -f 40; exec {sys.executable} {ROOT / 'prepare.py'} " + " ".join(TINY)
+    process = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert process.returncode == 1 and "nothing was kept" in process.stderr.splitlines()[-1], process.stderr
+    assert not list(Path("data").iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_a_folder_without_permission(run):
+    Path("closed/in").mkdir(parents=True)
+    os.chmod("closed/in", 0)
+    assert "closed/in cannot be read: Permission denied" in run("prepare.py", *TINY, "--sources=closed")[0]
+
+
+def test_a_torn_zst_is_noticed(run):
+    import zstandard
+
+    whole = zstandard.compress("\n\n".join(sentences(300, seed=1)).encode())
+    Path("a.txt.zst").write_bytes(whole + whole)  # two frames are one file
+    assert len(list(documents_of("a.txt.zst", "blank_line"))) == 599  # the last and the first document are one
+    Path("torn.txt.zst").write_bytes(whole[:-40])
+    Path("noise.txt.zst").write_bytes(whole[:2000] + b"x" * 2000)
+    message, output = run("prepare.py", *TINY, "--sources=text.txt,torn.txt.zst,noise.txt.zst")
+    assert message is None and bins()[2]["counts"]["truncated files"] == 2 and "torn.txt.zst is truncated" in output
 
 
 def test_bad_rows_are_counted_and_the_rest_is_used(run):

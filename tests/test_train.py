@@ -171,10 +171,10 @@ def last_step():
 
 def test_interrupted_and_resumed_equals_uninterrupted(run, tiny_data, home):
     """kill -9 twice, then SIGTERM, and a last part that finishes: the same weights, bit for bit, and the same log."""
-    args = [*TINY, "--max_steps=1500", "--dropout=0.1", "--checkpoint_minutes=0.0005", "--eval_minutes=0.02"]
+    args = [*TINY, "--max_steps=700", "--dropout=0.1", "--checkpoint_minutes=0.002", "--eval_minutes=0.02"]
     assert run("train.py", *args, "--out_dir=out/whole", "--checkpoint_minutes=9.0", "--eval_minutes=9.0")[0] is None
     said = []
-    for step, kill in ((50, signal.SIGKILL), (300, signal.SIGKILL), (600, signal.SIGTERM), (None, None)):
+    for step, kill in ((50, signal.SIGKILL), (200, signal.SIGKILL), (400, signal.SIGTERM), (None, None)):
         process = start("train.py", *args, cwd=home)
         while kill and last_step() < step:
             assert process.poll() is None
@@ -190,7 +190,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(run, tiny_data, home):
 
 
 def test_ctrl_c_in_a_large_step_saves_at_once_and_the_step_is_done_again(run, tiny_data, home):
-    args = [*TINY, "--max_steps=3", "--batch_size=4096", "--micro_batch_size=4", "--dropout=0.1"]
+    args = [*TINY, "--max_steps=3", "--batch_size=2048", "--micro_batch_size=4", "--dropout=0.1"]
     assert run("train.py", *args, "--out_dir=out/whole")[0] is None
     process = start("train.py", *args, cwd=home)
     while last_step() < 1 and not (Path("out/tiny/log.jsonl").exists() and Path("out/tiny/log.jsonl").read_text()):

@@ -1,0 +1,172 @@
+"""Documents of any source: files, folders and globs of txt, jsonl, csv, parquet (.gz, .zst), data sets on the hub, "docs".
+
+Local txt and jsonl are read by the few lines here, since a bad row must not stop a run; all else goes through `datasets`.
+"""
+
+import glob
+import gzip
+import io
+import json
+import os
+import random
+import sys
+import zlib
+
+from package_docs import package_documents
+
+SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
+KNOWN = tuple(suffix + z for suffix in SUFFIXES for z in ("", ".gz", ".zst"))
+BUFFER = 1000  # documents that a stream is shuffled through; a thousand books fit into memory
+
+
+def read_documents(source, seed, txt_document, counts):
+    """(document, label) of one entry of `sources`; the label is the package for "docs", and empty elsewhere.
+
+    A document is what stands in the column: a text, or the token ids of a tokenized row. Bad rows are counted, a bad
+    source ends the process with one line.
+    """
+    if source == "docs":
+        yield from package_documents()
+        return
+    entry = {"files": source} if isinstance(source, str) else dict(source)
+    column, where = entry.pop("column", "text"), entry.pop("where", {})
+    entry.pop("weight", None)
+    found = False
+    for row in local_rows(entry["files"], seed, txt_document, counts) if "files" in entry else hub_rows(entry, seed):
+        if isinstance(row, dict) and column not in row and not found:
+            name = entry.get("files", entry.get("path"))
+            sys.exit(f"prepare.py: {name} has no column {column!r}; its columns: {', '.join(row)}")
+        found = True
+        if not isinstance(row, dict) or column not in row:
+            counts["rows without text"] += 1
+        elif all(nested(row, name) in allowed for name, allowed in where.items()):
+            yield row[column], ""
+        else:
+            counts["rows that `where` leaves out"] += 1
+
+
+def nested(row, name):
+    """row["a"]["b"] for the name "a.b"; None where there is none."""
+    for part in name.split("."):
+        row = row.get(part) if isinstance(row, dict) else None
+    return row
+
+
+def local_rows(source, seed, txt_document, counts):
+    for path in local_files(source, seed):
+        plain = path.removesuffix(".gz").removesuffix(".zst")
+        try:
+            if plain.endswith((".csv", ".parquet")):
+                yield from hub_rows({"path": plain.rpartition(".")[2], "data_files": path}, seed)
+            else:
+                with open_text(path) as f:
+                    yield from json_lines(f, counts) if plain.endswith(".jsonl") else txt_documents(f, txt_document)
+        except (EOFError, gzip.BadGzipFile, zlib.error):
+            counts["truncated files"] += 1
+            print(f"prepare.py: warning: {path} is truncated or damaged; what could be read of it is used")
+
+
+def local_files(source, seed=0):
+    """The files of a path or glob, in an order shuffled by the seed."""
+    source = os.path.expanduser(source)
+    if os.path.isdir(source):
+        files = []
+        for folder, _, names in os.walk(source, onerror=unreadable, followlinks=True):
+            files += [os.path.join(folder, name) for name in names if name.endswith(KNOWN)]
+    else:
+        files = [source] if os.path.isfile(source) else [p for p in glob.glob(source, recursive=True) if os.path.isfile(p)]
+    if not files:
+        sys.exit(f"prepare.py: the source {source!r} is no file, folder or glob that holds any of {', '.join(KNOWN)}")
+    if odd := [p for p in files if not p.endswith(KNOWN)]:
+        sys.exit(f"prepare.py: {odd[0]} is of an unknown kind; known are {', '.join(KNOWN)}")
+    files.sort()
+    random.Random(seed).shuffle(files)
+    return files
+
+
+def unreadable(error):
+    sys.exit(f"prepare.py: {error.filename} cannot be read: {error.strerror}")
+
+
+def open_text(path):
+    if path.endswith(".gz"):
+        raw = gzip.open(path)
+    elif path.endswith(".zst"):
+        try:
+            import zstandard  # noqa: F401
+        except ImportError:
+            sys.exit(f"prepare.py: {path} needs `pip install zstandard`")
+        raw = io.BufferedReader(Zst(path), 1 << 20)
+    else:
+        raw = open(path, "rb")
+    return io.TextIOWrapper(raw, encoding="utf-8-sig", errors="replace")
+
+
+class Zst(io.RawIOBase):
+    """A .zst file that raises EOFError where it is torn; zstandard's own reader takes the tear for the end."""
+
+    def __init__(self, path):
+        self.file, self.frame, self.rest, self.out = open(path, "rb"), None, b"", memoryview(b"")
+
+    def readable(self):
+        return True
+
+    def readinto(self, target):
+        import zstandard
+
+        while not self.out:
+            data = self.rest or self.file.read(1 << 20)
+            if not data and self.frame and not self.frame.eof:
+                raise EOFError
+            if not data:
+                return 0
+            if self.frame is None or self.frame.eof:
+                self.frame = zstandard.ZstdDecompressor().decompressobj()
+            try:
+                self.out = memoryview(self.frame.decompress(data))
+            except zstandard.ZstdError as e:
+                raise EOFError from e
+            self.rest = self.frame.unused_data
+        n = min(len(target), len(self.out))
+        target[:n], self.out = self.out[:n], self.out[n:]
+        return n
+
+    def close(self):
+        self.file.close()
+        super().close()
+
+
+def txt_documents(lines, txt_document):
+    """Documents of a text file: up to a blank line, a line each, or the whole file; cut at a million characters."""
+    document, size = [], 0
+    for line in lines:
+        ends = txt_document == "line" or (txt_document == "blank_line" and not line.strip()) or size > 1_000_000
+        if document and ends:
+            yield {"text": "".join(document)}
+            document, size = [], 0
+        if line.strip():
+            document.append(line)
+            size += len(line)
+    if document:
+        yield {"text": "".join(document)}
+
+
+def json_lines(lines, counts):
+    for line in lines:
+        try:
+            yield json.loads(line)
+        except (ValueError, RecursionError):
+            counts["rows that are not JSON"] += 1
+
+
+def hub_rows(entry, seed):
+    """Rows of a data set on the hub, or of a file that `datasets` reads, streamed and shuffled through a buffer."""
+    import datasets
+
+    try:
+        yield from datasets.load_dataset(**{"split": "train", **entry}, streaming=True).shuffle(seed=seed, buffer_size=BUFFER)
+    except Exception as e:
+        reason = (str(e).strip() or "no reason given").splitlines()[0]
+        hint = "" if "data_files" in entry else "; is the hub reachable, is the name right, is it gated (`hf auth login`)?"
+        name = entry.get("data_files", entry.get("path"))
+        sys.exit(f"prepare.py: cannot read {name}: {type(e).__name__}: {reason}{hint}")
