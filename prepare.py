@@ -220,6 +220,11 @@ def train_bpe_or_unigram(texts, normalizer, alphabet):
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Metaspace()])
     tokenizer.train_from_iterator(texts, trainer)
     require_size(tokenizer.get_vocab_size())
+    if tokenizer_kind == "unigram":  # its scores are sums in the order of a hash table: the last digits differ
+        n = len(SPECIAL_TOKENS)
+        pieces = [(piece, round(score, 3)) for piece, score in json.loads(tokenizer.to_str())["model"]["vocab"]]
+        pieces[n:] = sorted(pieces[n:], key=lambda p: (-p[1], p[0]))
+        tokenizer.model = models.Unigram(pieces, unk_id=SPECIAL_TOKENS.index("<unk>"))
     return with_template(tokenizer)
 
 

@@ -1,0 +1,254 @@
+"""How fast this machine trains, prepares and fine-tunes, side by side with what else one would use.
+
+python bench.py train [SHAPE ...]     full training steps, against BertForMaskedLM and ModernBertForMaskedLM of transformers
+python bench.py prepare FOLDER        prepare.py, against raw encode_batch and against datasets.map
+python bench.py finetune              examples/s, against a plain loop of transformers that pads to 128
+
+SHAPE is one of demo (4 x 256, vocabulary 8,192), small (12 x 384, 32,768) and crammed (16 x 768, 32,768). The candidates
+take turns, so that a noisy machine is noisy for all of them; shown are medians and, in brackets, the extremes.
+"""
+
+import gc
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+
+import train
+from finetune_glue import batches, collate
+from model import BERT, Classifier, Config, flops_per_token
+
+SHAPES = {  # layers, width, heads, vocabulary, rows in a micro-batch
+    "demo": (4, 256, 4, 8192, 64),
+    "small": (12, 384, 6, 32768, 64),
+    "crammed": (16, 768, 12, 32768, 32),
+}
+SEQ_LEN, REPEATS = 128, 5
+
+
+def need_transformers():
+    try:
+        import transformers
+    except ImportError:
+        sys.exit("bench.py: needs `pip install transformers`")
+    return transformers
+
+
+def show(title, seconds, work, unit, base=None):
+    """One line: work per second, median [slowest, fastest], and its ratio to `base`. Returns the median."""
+    rates = sorted(work / s for s in seconds)
+    ratio = f"   x {median(rates) / base:.2f}" if base else ""
+    print(f"  {title:<46} {median(rates):>11,.0f} [{rates[0]:,.0f}, {rates[-1]:,.0f}] {unit}{ratio}", flush=True)
+    return median(rates)
+
+
+def take_turns(candidates, repeats=REPEATS):
+    """{name: seconds of each call}, after one call of each to warm up."""
+    times = {name: [] for name in candidates}
+    for i in range(repeats + 1):
+        for name, run in candidates.items():
+            start = time.monotonic()
+            run()
+            times[name] += [time.monotonic() - start] * (i > 0)
+    return times
+
+
+def synchronize(where):
+    if where == "cuda":
+        torch.cuda.synchronize()
+
+
+def our_step(shape, where, compile):
+    """The full step of train.py, and {part: seconds} of its latest call."""
+    n_layer, width, heads, vocab, rows = shape
+    config = Config(vocab_size=vocab, n_layer=n_layer, n_embd=width, n_head=heads, n_inner=4 * width, max_len=SEQ_LEN)
+    model = BERT(config).to(where)
+    model.dtype = train.pick_dtype(where, "auto")
+    opt, data = train.make_optimizer(model), np.random.default_rng(0).integers(5, vocab, (1000, SEQ_LEN)).astype(np.uint16)
+    count, parts, generator = train.n_masked(SEQ_LEN, train.mask_rate), {}, torch.Generator(where).manual_seed(0)
+    forward = torch.compile(model, dynamic=False) if compile else model
+
+    def step():
+        times = [time.monotonic()]
+        ids = train.next_rows(data, 0, rows, where)
+        inputs, positions, targets = train.mask_tokens(ids, count, 4, vocab, generator)
+        batch = inputs, train.flat(positions, SEQ_LEN), targets.flatten()
+        synchronize(where)
+        times.append(time.monotonic())
+        forward(*batch).backward()
+        synchronize(where)
+        times.append(time.monotonic())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+        synchronize(where)
+        times.append(time.monotonic())
+        for name, a, b in zip(("data and masks", "forward and backward", "clip and AdamW"), times, times[1:]):
+            parts.setdefault(name, []).append(b - a)
+
+    return step, parts, flops_per_token(config, SEQ_LEN, count)
+
+
+def their_step(kind, shape, where, dtype, compile):
+    """A step of a model of transformers, its feed-forward as large as ours in parameters; logits at all positions."""
+    transformers = need_transformers()
+    n_layer, width, heads, vocab, rows = shape
+    common = {"vocab_size": vocab, "hidden_size": width, "num_hidden_layers": n_layer, "num_attention_heads": heads}
+    if kind == "Bert":
+        config = transformers.BertConfig(**common, intermediate_size=3 * width, max_position_embeddings=SEQ_LEN)
+    else:
+        config = transformers.ModernBertConfig(
+            **common, intermediate_size=2 * width, pad_token_id=0, cls_token_id=2, sep_token_id=3
+        )
+    model = getattr(transformers, f"{kind}ForMaskedLM")(config).to(where, dtype).train()
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    ids = torch.randint(5, vocab, (rows, SEQ_LEN), device=where)
+    labels = ids.masked_fill(torch.rand(ids.shape, device=where) > 0.25, -100)
+    mask = torch.ones_like(ids)
+    forward = torch.compile(model, dynamic=False) if compile else model
+
+    def step():
+        forward(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+        synchronize(where)
+
+    return step
+
+
+def bench_train(names):
+    where = train.pick_device("auto")
+    best = train.pick_dtype(where, "auto")
+    for name in names:
+        shape, rows = SHAPES[name], SHAPES[name][4]
+        peak, peak_name = train.peak_flops(where, best)
+        print(f"{name}: {shape[0]} x {shape[1]}, vocabulary {shape[3]:,}, {rows} rows of {SEQ_LEN} a step")
+        print(f"  peak {peak / 1e12:.2f} TFLOP/s in {str(best)[6:]} ({peak_name}), "
+              f"{train.peak_flops(where, torch.float32)[0] / 1e12:.2f} in float32")  # fmt: skip
+        ours, parts, flops = our_step(shape, where, True)
+        candidates = {"nanoCram, compiled": ours, "nanoCram, eager": our_step(shape, where, False)[0]}
+        for kind in ("Bert", "ModernBert"):
+            for dtype, compile in ((torch.float32, False), (best, False), (best, True)):
+                label = f"{kind}ForMaskedLM, {str(dtype)[6:]}, {'compiled' if compile else 'eager'}"
+                candidates[label] = their_step(kind, shape, where, dtype, compile)
+        times = take_turns(candidates)
+        base = median(rows * SEQ_LEN / s for s in times["nanoCram, compiled"])
+        for label, seconds in times.items():
+            show(label, seconds, rows * SEQ_LEN, "tokens/s", base)
+        step = sum(median(t[1:]) for t in parts.values())
+        shares = ", ".join(f"{part} {median(t[1:]) / step:.1%}" for part, t in parts.items())
+        print(f"  of the compiled step: {shares}")
+        print(f"  MFU {base * flops / peak:.0%}, {step * 1000:.0f} ms a step\n", flush=True)
+        del candidates, ours
+        gc.collect()
+
+
+def bench_prepare(folder):
+    """Text to bins with a given vocabulary, so that its training is in none of the figures."""
+    from itertools import chain
+
+    import datasets
+    from tokenizers import Tokenizer
+
+    from sources import read_documents
+
+    here = Path(__file__).resolve().parent
+    datasets.disable_progress_bars()
+    texts = [text for text, _ in read_documents(str(folder), 0, "blank_line", {})]
+    size = sum(map(len, texts))
+    with tempfile.TemporaryDirectory() as home:
+        os.chdir(home)
+        args = [sys.executable, here / "prepare.py", here / "config" / "cpu.py", f"--sources={Path(folder)}", "--max_chars=0"]
+        subprocess.run([*args, "--dataset=first"], check=True, stdout=subprocess.DEVNULL)
+        path = Path(home, "data", "first", "tokenizer.json")
+        tokenizer, runs = Tokenizer.from_file(str(path)), iter(range(100))
+
+        def raw():
+            for i in range(0, len(texts), 1000):
+                tokenizer.encode_batch(texts[i : i + 1000], add_special_tokens=False)
+
+        def ours():
+            command = [*args, f"--dataset=d{next(runs)}", f"--tokenizer_file={path}"]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+        def tokenize(batch):
+            return {"ids": [e.ids + [3] for e in tokenizer.encode_batch(batch["text"], add_special_tokens=False)]}
+
+        def group(batch):
+            ids = list(chain.from_iterable(batch["ids"]))
+            return {"ids": [ids[i : i + SEQ_LEN] for i in range(0, len(ids) - SEQ_LEN + 1, SEQ_LEN)]}
+
+        def usual():
+            data = datasets.Dataset.from_dict({"text": texts})
+            data = data.map(tokenize, batched=True, remove_columns="text", num_proc=2)
+            data.map(group, batched=True, num_proc=2).shuffle(seed=0).save_to_disk(Path(home, f"usual{next(runs)}"))
+
+        print(f"prepare: {size / 1e6:.0f} M characters")
+        times = take_turns({"tokenizers.encode_batch alone": raw, "prepare.py": ours, "datasets.map": usual}, repeats=3)
+        os.chdir(here)
+    base = median(size / s for s in times["tokenizers.encode_batch alone"])
+    for label, seconds in times.items():
+        show(label, seconds, size, "characters/s", base)
+
+
+def bench_finetune():
+    """Lengths as in GLUE's single sentences and pairs: most are short. Batches of 16, width 256."""
+    transformers = need_transformers()
+    where, rng = train.pick_device("auto"), np.random.default_rng(0)
+    ids = {"pad": 0, "cls": 2, "sep": 3}
+    rows = [[2, *rng.integers(5, 8192, max(int(n), 3)).tolist(), 3] for n in np.minimum(rng.gamma(3, 12, 1600), 120)]
+    lengths = np.array([len(r) for r in rows])
+    bert = BERT(Config(vocab_size=8192, n_layer=4, n_embd=256, n_head=4, n_inner=1024, dropout=0.1)).to(where)
+    bert.dtype = train.pick_dtype(where, "auto")
+    ours = Classifier(bert, 2).to(where).train()
+    config = transformers.BertConfig(
+        vocab_size=8192, hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=768
+    )
+    theirs = transformers.BertForSequenceClassification(config).to(where).train()
+
+    def loop(model, logits):
+        opt = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+        def epoch():
+            for out, n in logits():
+                torch.nn.functional.cross_entropy(out, torch.zeros(n, dtype=torch.long, device=where)).backward()
+                opt.step()
+                opt.zero_grad()
+            synchronize(where)
+
+        return epoch
+
+    def bucketed():
+        for index in batches(lengths, 16, rng):
+            yield ours(*collate(rows, index, ids, where)), 16
+
+    def padded():
+        for start in range(0, len(rows), 16):
+            some = rows[start : start + 16]
+            tokens = torch.tensor([r + [0] * (SEQ_LEN - len(r)) for r in some], device=where)
+            yield theirs(input_ids=tokens, attention_mask=(tokens != 0).long()).logits, len(some)
+
+    print(f"fine-tuning, 4 x 256, batch 16, mean length {lengths.mean():.0f}")
+    times = take_turns({"finetune_glue.py": loop(ours, bucketed), "transformers, padded to 128": loop(theirs, padded)}, 3)
+    base = median(len(rows) / s for s in times["transformers, padded to 128"])
+    for label, seconds in times.items():
+        show(label, seconds, len(rows), "examples/s", base)
+
+
+if __name__ == "__main__":
+    what, rest = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
+    if what == "train" and set(rest) <= SHAPES.keys():
+        bench_train(rest or ["demo", "small"])
+    elif what == "prepare" and len(rest) == 1 and os.path.exists(rest[0]):
+        bench_prepare(Path(rest[0]).resolve())
+    elif what == "finetune" and not rest:
+        bench_finetune()
+    else:
+        sys.exit(__doc__.strip())
