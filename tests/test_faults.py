@@ -1,0 +1,73 @@
+"""Many kills at random moments, and a real full disk: minutes, so only `make slow` runs them."""
+
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, start
+from test_train import log, weights
+
+KILLS = 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "phase, settings",
+    [
+        ("training", ["--checkpoint_minutes=0.03", "--eval_minutes=0.1"]),
+        ("checkpoints", ["--checkpoint_minutes=0.00001", "--eval_minutes=9.0"]),
+        ("evaluation", ["--checkpoint_minutes=0.03", "--eval_minutes=0.00001"]),
+    ],
+)
+def test_kill_9_at_random_moments_loses_nothing(run, tiny_data, home, phase, settings):
+    """In a run that mostly trains, saves, or evaluates: the final weights and log are those of an undisturbed run."""
+    rng, args = random.Random(phase), [*TINY, "--max_steps=600", "--dropout=0.1"]
+    assert run("train.py", *args, "--out_dir=out/whole", "--checkpoint_minutes=9.0", "--eval_minutes=9.0")[0] is None
+    kills = torn = 0
+    while kills < KILLS:
+        process = start("train.py", *args, *settings, cwd=home)
+        while not Path("out/tiny/log.jsonl").exists() and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(2.0, 8.0))
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += 1
+        torn += Path("out/tiny/ckpt.pt.tmp").exists()
+        shutil.rmtree("copy", ignore_errors=True)
+        shutil.copytree("out/tiny", "copy")
+        if Path("copy/ckpt.pt").exists():
+            torch.load("copy/ckpt.pt", weights_only=True)
+    if not Path("out/tiny/model.pt").exists():
+        process = start("train.py", *args, *settings, cwd=home)
+        assert process.wait() == 0
+    print(f"{phase}: {kills} kills, {torn} of them while a checkpoint was written")
+    a, b = weights("whole"), weights()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert [(e["step"], e["loss"]) for e in log()] == [(e["step"], e["loss"]) for e in log("whole")]
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full(run, tiny_data, home):
+    """On a tmpfs that holds one checkpoint, not two: the old one stays, one line says why, and with room it goes on."""
+    disk = Path("disk")
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        args = [*TINY, "--max_steps=300", "--out_dir=disk/tiny", "--log_seconds=1.0", "--checkpoint_minutes=0.001"]
+        message, _ = run("train.py", *args)
+        assert message.endswith("what was saved before is intact") and "\n" not in message
+        step = torch.load("disk/tiny/ckpt.pt", weights_only=True)["step"]
+        assert not Path("disk/tiny/model.pt").exists() and not list(disk.rglob("*.tmp"))
+        subprocess.run(["mount", "-o", "remount,size=4m", disk], check=True)
+        message, output = run("train.py", *args)
+        assert message is None and f"at step {step:,}" in output
+    finally:
+        subprocess.run(["umount", disk])
