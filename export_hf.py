@@ -1,16 +1,21 @@
-"""Between Hugging Face's BERT and ours: weights by name, config and tokenizer of a folder or of a hub id.
+"""To and from Hugging Face: a folder that `transformers` loads, and a BERT of theirs in our names.
 
-finetune_glue.py uses it to score a fully trained BERT under the same protocol: --glue_init=google-bert/bert-base-uncased
+python export_hf.py out/x --to=FOLDER                 the masked language model of a run
+python export_hf.py out/x --to=FOLDER --task=mrpc     a classifier that finetune_glue.py --glue_save=True has kept
+
+A model with the architecture of BERT becomes a BertForMaskedLM, any other one brings its own modelling file, for which
+`transformers` asks trust_remote_code=True. finetune_glue.py scores a BERT of theirs: --glue_init=google-bert/bert-base-uncased
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 
-from model import Config
+from model import BERT, Config
 
 # ours: Hugging Face's, in BertForMaskedLM. Without a suffix: .weight and .bias. Three names make one fused layer.
 LAYER = "bert.encoder.layer.{i}."
@@ -121,3 +126,133 @@ def load_tokenizer(folder):
     settings = folder / "tokenizer_config.json"
     lowercase = json.loads(settings.read_text()).get("do_lower_case", True) if settings.exists() else True
     return Tokenizer.from_str(BertWordPieceTokenizer(str(folder / "vocab.txt"), lowercase=lowercase).to_str())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From ours to theirs
+
+
+def is_bert(config):
+    """Whether BertForMaskedLM is this architecture."""
+    wanted = Config(norm_place="post", bias=True, glu=False, position="learned", final_norm=False, head_transform=True,
+                    decoder_bias=True)  # fmt: skip
+    sizes = "vocab_size n_layer n_head n_embd n_inner max_len norm_eps rotary_base token_types dropout".split()
+    same = {k: v for k, v in vars(wanted).items() if k not in sizes}
+    return same.items() <= vars(config).items() and config.token_types > 0
+
+
+def bert_config(config):
+    return {
+        "model_type": "bert", "architectures": ["BertForMaskedLM"], "vocab_size": config.vocab_size,
+        "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head, "hidden_size": config.n_embd,
+        "intermediate_size": config.n_inner, "max_position_embeddings": config.max_len, "layer_norm_eps": config.norm_eps,
+        "type_vocab_size": config.token_types, "hidden_act": "gelu", "pad_token_id": 0,
+        "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1,
+    }  # fmt: skip
+
+
+def own_config(config, kind, **more):
+    names = {"AutoConfig": "NanocramConfig", "AutoModel": "NanocramModel", "AutoModelForMaskedLM": "NanocramForMaskedLM",
+             "AutoModelForSequenceClassification": "NanocramForSequenceClassification"}  # fmt: skip
+    auto_map = {auto: f"modeling_nanocram.{name}" for auto, name in names.items()}
+    return {"model_type": "nanocram", "architectures": [kind], "auto_map": auto_map, "architecture": vars(config), **more}
+
+
+def modelling_file():
+    """One self-contained file: model.py, then what hf_model.py adds."""
+    here = Path(__file__).resolve().parent
+    imports, added = (here / "hf_model.py").read_text().split("# exported from here on")
+    imports = "\n".join(line for line in imports.splitlines() if line.startswith("from transformers"))
+    text = (here / "model.py").read_text()
+    return text.replace("import torch.nn.functional as F\n", f"import torch.nn.functional as F\n{imports}\n", 1) + added
+
+
+def model_card(run, what):
+    """README.md of the folder, with the run's own numbers."""
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] if (run / "log.jsonl").exists() else []
+    final = [e for e in log if "val_loss" in e][-1:]
+    lines = [
+        "---",
+        "library_name: transformers",
+        "---",
+        f"# {run.name}",
+        "",
+        f"{what}, pretrained from scratch with nanoCram.",
+    ]
+    for e in final:
+        lines.append(
+            f"Validation loss {e['val_loss']:.3f} nats ({e['val_accuracy']:.1%} of the masked tokens right) after "
+            f"{e['hours']:.2f} hours, {e['step']:,} steps and {e['tokens'] / 1e6:,.0f} M tokens."
+        )
+    if (run / "rules.json").exists():
+        rules = json.loads((run / "rules.json").read_text())
+        lines += ["", "Rules of cramming:", ""] + [
+            f"* {k}: {'yes' if v['ok'] else 'NO'} ({v['did']})" for k, v in rules.items()
+        ]
+    if (run / "glue.md").exists():
+        lines += ["", (run / "glue.md").read_text().replace("# Scorecard", "## Scorecard")]
+    if (run / "config.json").exists():
+        lines += ["", "## Configuration", "", "```json", (run / "config.json").read_text().strip(), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def export(run, to, task=None):
+    """Writes the folder `to`. SystemExit, one line, on mistakes."""
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        sys.exit("export_hf.py: needs `pip install safetensors`")
+    run, to = Path(run), Path(to)
+    source = run / "classifiers" / f"{task}.pt" if task else run / "model.pt"
+    if not source.exists():
+        how = "finetune_glue.py with --glue_save=True writes it" if task else "name the folder of a finished run"
+        sys.exit(f"export_hf.py: {source} does not exist; {how}")
+    if to.exists() and any(to.iterdir()):
+        sys.exit(f"export_hf.py: {to} exists and is not empty; choose another folder")
+    saved = torch.load(source, map_location="cpu", weights_only=True)
+    config, weights = Config(**saved["config"]), saved["model"]
+    tokenizer = Tokenizer.from_file(str(run / "tokenizer.json"))
+    special = {}
+    for name in ("pad", "unk", "cls", "sep", "mask"):
+        token = f"<{name}>" if tokenizer.token_to_id(f"<{name}>") is not None else f"[{name.upper()}]"
+        special[f"{name}_token"] = token
+    aside = to.with_name(to.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    if is_bert(config) and not task:
+        hf, weights = bert_config(config), to_hf(weights, config.n_layer)
+    else:
+        bert = BERT(config)  # for the tables of positions
+        bert.load_state_dict({k.removeprefix("bert."): v for k, v in weights.items() if not task or k.startswith("bert.")})
+        heads = {k: v for k, v in weights.items() if k.startswith(("pooler.", "head."))} if task else {}
+        tables = {f"bert.{k}": v for k, v in bert.named_buffers()}
+        weights = {f"bert.{k}": v for k, v in bert.state_dict().items()} | tables | heads
+        more = {}
+        if task:
+            more = {"pooling": saved["pooling"], "pooler_width": len(heads["pooler.bias"])}
+            more |= {"id2label": dict(enumerate(saved["labels"] or ["score"]))}
+            more |= {"label2id": {label: i for i, label in more["id2label"].items()}}
+        hf = own_config(config, "NanocramForSequenceClassification" if task else "NanocramForMaskedLM", **more)
+        (aside / "modeling_nanocram.py").write_text(modelling_file())
+    hf |= {"dtype": "float32", "pad_token_id": tokenizer.token_to_id(special["pad_token"])}
+    save_file({k: v.contiguous() for k, v in weights.items()}, aside / "model.safetensors", {"format": "pt"})
+    (aside / "config.json").write_text(json.dumps(hf, indent=1) + "\n")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.max_len, **special}
+    (aside / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    shutil.copy(run / "tokenizer.json", aside)
+    (aside / "README.md").write_text(model_card(run, f"A classifier for {task}" if task else "A masked language model"))
+    if to.exists():
+        to.rmdir()
+    aside.rename(to)
+    print(f"{to} is ready: {hf['architectures'][0]}")
+
+
+if __name__ == "__main__":
+    runs = [a for a in sys.argv[1:] if not a.startswith("--")]
+    options = dict(a[2:].partition("=")[::2] for a in sys.argv[1:] if a.startswith("--"))
+    if len(runs) != 1 or not options.get("to") or options.keys() - {"to", "task"}:
+        sys.exit(__doc__.strip())
+    try:
+        export(runs[0], options["to"], options.get("task"))
+    except OSError as e:
+        sys.exit(f"export_hf.py: {e.strerror or e}: {e.filename or options['to']}")

@@ -1,4 +1,9 @@
-"""Ask a trained model to fill <mask>: python fill_mask.py out/demo "returns the <mask> of the array." [--top=5]"""
+"""Ask a trained model to fill <mask>.
+
+python fill_mask.py out/demo "returns the <mask> of the array." [--top=5]    one text
+python fill_mask.py out/demo < FILE                                          a text a line
+python fill_mask.py out/demo --interactive                                   the same, with a prompt
+"""
 
 import sys
 from pathlib import Path
@@ -9,32 +14,57 @@ from tokenizers import Tokenizer
 from model import BERT, Config
 
 
-def fill_mask(run, text, top=5):
-    """The likeliest tokens at each <mask> of the text: [[(token, probability), ...], ...]. SystemExit on mistakes."""
+def load(run):
+    """(model, tokenizer, name of the mask token) of a finished run. SystemExit, one line, if there is none."""
     run = Path(run)
     if not (run / "model.pt").exists():
         sys.exit(f"fill_mask.py: {run / 'model.pt'} does not exist; name the folder of a finished run, as in out/demo")
-    saved = torch.load(run / "model.pt", map_location="cpu", weights_only=True)
-    model = BERT(Config(**saved["config"])).eval()
-    model.load_state_dict(saved["model"])
-    tokenizer = Tokenizer.from_file(str(run / "tokenizer.json"))
-    ids = {name: tokenizer.token_to_id(name) for name in ("<mask>", "[MASK]")}
-    mask_name, mask_id = next((n, i) for n, i in ids.items() if i is not None)
+    try:
+        saved = torch.load(run / "model.pt", map_location="cpu", weights_only=True)
+        model = BERT(Config(**saved["config"])).eval()
+        model.load_state_dict(saved["model"])
+        tokenizer = Tokenizer.from_file(str(run / "tokenizer.json"))
+    except Exception as e:
+        reason = (str(e).strip() or "no reason given").splitlines()[0]
+        sys.exit(f"fill_mask.py: {run} cannot be read: {type(e).__name__}: {reason}")
+    tokenizer.encode_special_tokens = False
+    return model, tokenizer, next(n for n in ("<mask>", "[MASK]") if tokenizer.token_to_id(n) is not None)
+
+
+def fill_mask(model, tokenizer, mask, text, top=5):
+    """The likeliest tokens at each mask of the text: [[(token, probability), ...], ...]. ValueError, one line, on mistakes."""
     tokens = torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids)  # training rows have no <cls> either
-    where = (tokens == mask_id).nonzero().flatten()
+    where = (tokens == tokenizer.token_to_id(mask)).nonzero().flatten()
     if not len(where):
-        sys.exit(f"fill_mask.py: the text has no {mask_name}")
+        raise ValueError(f"the text has no {mask}")
     if len(tokens) > model.config.max_len:
-        sys.exit(f"fill_mask.py: the text has {len(tokens)} tokens, more than max_len = {model.config.max_len}")
+        raise ValueError(f"the text has {len(tokens)} tokens, more than max_len = {model.config.max_len}")
     with torch.no_grad():
-        best = model(tokens[None], where).softmax(-1).topk(top)
+        best = model(tokens[None], where).softmax(-1).topk(min(top, model.config.vocab_size))
     return [[(tokenizer.id_to_token(i), p) for i, p in zip(*row)] for row in zip(best.indices.tolist(), best.values.tolist())]
 
 
+def main(args):
+    words = [a for a in args if not a.startswith("--")]
+    options = dict(a[2:].partition("=")[::2] for a in args if a.startswith("--"))
+    top = options.get("top", "5")
+    if len(words) not in (1, 2) or options.keys() - {"top", "interactive"} or not top.isdigit() or top == "0":
+        sys.exit(__doc__.strip())
+    run = load(words[0])
+    interactive = "interactive" in options
+    texts = words[1:] or iter(lambda: input(f"text with {run[2]}: ") if interactive else sys.stdin.readline().rstrip("\n"), "")
+    for text in texts:
+        try:
+            for found in fill_mask(*run, text, int(top)):
+                print(", ".join(f"{token} {p:.1%}" for token, p in found), flush=True)
+        except ValueError as e:
+            if not interactive:
+                sys.exit(f"fill_mask.py: {e}: {text[:60]!r}")
+            print(e)
+
+
 if __name__ == "__main__":
-    args = [a for a in sys.argv[1:] if not a.startswith("--top=")]
-    top = [a[6:] for a in sys.argv[1:] if a.startswith("--top=")]
-    if len(args) != 2 or not all(t.isdigit() for t in top):
-        sys.exit(__doc__)
-    for found in fill_mask(*args, *map(int, top)):
-        print(", ".join(f"{token} {p:.1%}" for token, p in found))
+    try:
+        main(sys.argv[1:])
+    except (EOFError, KeyboardInterrupt):
+        print()

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from configurator import configure, replace_file, write_json
 from export_hf import load_bert
 from model import BERT, Classifier, Config
-from train import pick_device, pick_dtype
+from train import pick_device, pick_dtype, torch_save
 
 out_dir = "out/demo"  # folder of the run
 dataset = "demo"  # corpus of the run; its offline tasks, if any, are in data/<dataset>/tasks
@@ -44,6 +44,7 @@ glue_pooling = "first"  # {first, mean} what the head sees: the first position, 
 glue_seeds = 5  # [1, inf) runs a task, with seeds 0, 1, ...; their median counts
 glue_max_train = 0  # [0, inf) training examples a task, 0 = all
 glue_submit = False  # also predict the test sets, with the first seed, into a zip for the GLUE server
+glue_save = False  # keep the classifiers of the first seed in out_dir/classifiers, for export_hf.py
 glue_max_len = 128  # [8, inf) tokens of an example, special ones included; the longer text is cut first
 device = "auto"  # {auto, cuda, mps, cpu} where to train
 dtype = "auto"  # {auto, float32, bfloat16, float16} of the activations; auto is what the hardware does best
@@ -306,7 +307,7 @@ def collate(rows, index, ids, where):
 def finetune(make_model, train, dev, test, n_classes, seed, ids, where, bar):
     """One run on train, (rows, labels). dev: {name: (rows, labels, metric)}, test: {file: rows}.
 
-    Returns ({dev set: score after each epoch}, {test set: classes or values}).
+    Returns ({dev set: score after each epoch}, {test set: classes or values}, model).
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -339,7 +340,7 @@ def finetune(make_model, train, dev, test, n_classes, seed, ids, where, bar):
             sys.exit(f"finetune_glue.py: the loss became {float(loss)}; lower glue_learning_rate, or --dtype=float32")
         for name, (dev_rows, dev_labels, metric) in dev.items():
             scores[name].append(METRICS[metric](predict(model, dev_rows, n_classes, ids, where), dev_labels))
-    return scores, {file: predict(model, rows, n_classes, ids, where) for file, rows in test.items()}
+    return scores, {file: predict(model, rows, n_classes, ids, where) for file, rows in test.items()}, model
 
 
 @torch.no_grad()
@@ -502,7 +503,7 @@ def main(config):
         return model
 
     own = {k: v for k, v in config.items() if k in globals()}
-    free = ("glue_dir", "glue_init", "glue_seeds", "glue_submit")  # they change no score
+    free = ("glue_dir", "glue_init", "glue_seeds", "glue_submit", "glue_save")  # they change no score
     settings = {k: v for k, v in own.items() if k.startswith("glue_") and k not in free}
     card = json.loads((out / "glue.json").read_text()) if (out / "glue.json").exists() else {"rows": {}}
     card |= {"settings": own, "versions": {"python": platform.python_version(), "torch": str(torch.__version__)}}
@@ -517,8 +518,9 @@ def main(config):
         common = {"n_train": len(task.train), "partial": task.partial, "settings": settings}
         # scores of the same task, data and settings stand; others do until a new one takes their place
         same = all(name in row and (common | {"metric": metrics[name]}).items() <= row[name].items() for name in metrics)
-        predicted = all((out / "submission" / f"{file}.tsv").exists() for file in task.test)
-        done = min(len(row[name]["scores"]) for name in metrics) if same and predicted else 0
+        files = [out / "submission" / f"{file}.tsv" for file in task.test]
+        files += [out / "classifiers" / f"{task.name}.pt"] * glue_save
+        done = min(len(row[name]["scores"]) for name in metrics) if same and all(f.exists() for f in files) else 0
         train, test = encode(tokenizer, ids, task.train), {f: encode(tokenizer, ids, x)[0] for f, x in task.test.items()}
         dev = {name: (*encode(tokenizer, ids, x), metrics[name]) for name, x in task.dev.items()}
         jobs += [(task, seed, train, dev, test if seed == 0 else {}, common) for seed in range(done, glue_seeds)]
@@ -527,10 +529,14 @@ def main(config):
         for task, seed, train, dev, test, common in jobs:
             bar.set_description(f"{glue_init}: {task.name}, seed {seed}")
             start, n_classes = time.monotonic(), len(task.labels) or 1
-            epochs, predictions = finetune(make_model, train, dev, test, n_classes, seed, ids, where, bar)
+            epochs, predictions, model = finetune(make_model, train, dev, test, n_classes, seed, ids, where, bar)
             seconds = time.monotonic() - start
             for file, values in predictions.items():
                 write_predictions(out, file, values, task.labels)
+            if glue_save and seed == 0:
+                parts = {"config": vars(model_config), "model": model.state_dict(), "labels": task.labels}
+                (out / "classifiers").mkdir(exist_ok=True)
+                torch_save(out / "classifiers" / f"{task.name}.pt", parts | {"pooling": glue_pooling})
             for name, (_, _, metric) in dev.items():
                 before = row[name] if seed else {"epochs": [], "seconds": []}
                 every = {"epochs": [*before["epochs"][:seed], epochs[name]], "seconds": [*before["seconds"][:seed], seconds]}

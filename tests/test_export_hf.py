@@ -1,15 +1,18 @@
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY
 from test_finetune_glue import SMALL, glue  # noqa: F401
+from tokenizers import Tokenizer
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from export_hf import from_hf, load_bert, to_hf
-from model import BERT, Classifier
+from model import BERT, Classifier, Config
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] . bal dem fal gol fin dar".split() + [f"w{i}" for i in range(38)]
 
@@ -131,3 +134,104 @@ def test_what_is_no_bert_is_refused_in_one_line(tmp_path):
         with pytest.raises(SystemExit) as e:
             load_bert(source)
         assert expected in str(e.value) and "\n" not in str(e.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From ours to theirs, loaded in a fresh process, from another folder
+
+
+CHECK = """
+import sys, torch
+from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
+folder, trust, expected = sys.argv[1], sys.argv[2] == "True", torch.load(sys.argv[3], weights_only=True)
+assert not [name for name in sys.modules if name in ("model", "train", "hf_model")]
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=trust).eval()
+batch = tokenizer(expected["texts"], padding=True, return_tensors="pt")
+assert batch["input_ids"].tolist() == expected["ids"].tolist(), batch["input_ids"]
+with torch.no_grad():
+    logits = model(**{k: batch[k] for k in ("input_ids", "attention_mask")}).logits
+real = batch["attention_mask"].bool()
+print("largest difference", (logits - expected["logits"])[real].abs().max().item())
+assert torch.allclose(logits[real], expected["logits"][real], atol=1e-5)
+found = pipeline("fill-mask", model=model, tokenizer=tokenizer)("bal " + tokenizer.mask_token + " dem")
+assert len(found) == 5 and 0 < found[0]["score"] <= 1
+hidden = AutoModel.from_pretrained(folder, trust_remote_code=trust)(**batch).last_hidden_state
+assert hidden.shape[:2] == real.shape
+loss = model(**batch, labels=batch["input_ids"]).loss
+loss.backward()
+AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=trust, num_labels=3)(**batch)
+"""
+
+
+def loads_in_transformers(folder, trust, expected, cwd, check=CHECK):
+    torch.save(expected, cwd / "expected.pt")
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HOME": str(cwd / "hf"), "HF_HUB_OFFLINE": "1"}
+    args = [sys.executable, "-c", check, str(folder), str(trust), str(cwd / "expected.pt")]
+    process = subprocess.run(args, cwd=cwd, env=env, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-2000:]
+
+
+ARCHITECTURES = {
+    "crammed": (["--position=scaled_sinusoidal"], True),
+    "rotary": (["--position=rotary", "--qk_norm=True", "--norm=rmsnorm", "--activation=relu2"], True),
+    "bert": ("--norm_place=post --bias=True --glu=False --position=learned --final_norm=False --head_transform=True "
+             "--decoder_bias=True --token_types=2".split(), False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_transformers_loads_gives_our_logits(run, tiny_data, home, tmp_path_factory, name):
+    changes, trust = ARCHITECTURES[name]
+    assert run("train.py", *TINY, "--max_steps=30", *changes)[0] is None
+    message, output = run("export_hf.py", "out/tiny", "--to=exported")
+    assert message is None and ("BertForMaskedLM" in output) == (not trust), message
+    saved = torch.load("out/tiny/model.pt", weights_only=True)
+    model = BERT(Config(**saved["config"])).eval()
+    model.load_state_dict(saved["model"])
+    tokenizer = Tokenizer.from_file("out/tiny/tokenizer.json")
+    texts = ["bal dem fal gol.", "fin"]
+    tokenizer.enable_padding(pad_id=0, pad_token="<pad>")
+    encodings = tokenizer.encode_batch(texts)
+    ids, mask = (torch.tensor([getattr(e, what) for e in encodings]) for what in ("ids", "attention_mask"))
+    with torch.no_grad():
+        logits = model.logits(model.encode(ids, mask.bool()))
+    assert ("modeling_nanocram.py" in os.listdir("exported")) == trust
+    away = tmp_path_factory.mktemp("away")
+    loads_in_transformers(home / "exported", trust, {"texts": texts, "ids": ids, "logits": logits}, away)
+    card = Path("exported/README.md").read_text()
+    assert "Validation loss" in card and "Rules of cramming" in card
+    message, _ = run("export_hf.py", "out/tiny", "--to=exported")
+    assert "exists and is not empty" in message
+
+
+CHECK_CLASSIFIER = """
+import sys, torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+folder, expected = sys.argv[1], torch.load(sys.argv[3], weights_only=True)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True).eval()
+batch = tokenizer(*expected["texts"], padding=True, return_tensors="pt")
+logits = model(**{k: batch[k] for k in ("input_ids", "attention_mask")}).logits
+assert torch.allclose(logits, expected["logits"], atol=1e-5)
+assert model.config.id2label == {0: "entailment", 1: "not_entailment"}
+"""
+
+
+def test_a_fine_tuned_classifier_exports_too(run, tiny_data, glue, home, tmp_path_factory):  # noqa: F811
+    run("train.py", *TINY, "--max_steps=5")
+    message, _ = run("finetune_glue.py", *TINY, *SMALL, "--tasks=rte", "--glue_save=True", "--glue_seeds=1")
+    assert message is None, message
+    assert run("export_hf.py", "out/tiny", "--to=exported", "--task=rte")[0] is None
+    saved = torch.load("out/tiny/classifiers/rte.pt", weights_only=True)
+    model = Classifier(BERT(Config(**saved["config"])), 2).eval()
+    model.load_state_dict(saved["model"])
+    tokenizer = Tokenizer.from_file("out/tiny/tokenizer.json")
+    ids = torch.tensor([tokenizer.encode("bal dem", "fal gol").ids])
+    with torch.no_grad():
+        logits = model(ids, torch.ones_like(ids).bool())
+    away = tmp_path_factory.mktemp("away")
+    texts = (["bal dem"], ["fal gol"])
+    loads_in_transformers(home / "exported", True, {"texts": texts, "logits": logits}, away, CHECK_CLASSIFIER)
+    assert "--glue_save=True writes it" in run("export_hf.py", "out/tiny", "--to=other", "--task=cola")[0]
+    assert "does not exist" in run("export_hf.py", "out/none", "--to=other")[0] and not Path("other").exists()

@@ -1,0 +1,70 @@
+"""Filling masks, and pictures."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+from tokenizers import Tokenizer
+
+from model import BERT, Config
+
+
+@pytest.fixture
+def model(run, tiny_data):
+    assert run("train.py", *TINY, "--max_steps=30")[0] is None
+
+
+def test_the_answers_are_the_models(run, model):
+    message, output = run("fill_mask.py", "out/tiny", "bal <mask> fal <mask>.", "--top=3")
+    assert message is None, message
+    saved = torch.load("out/tiny/model.pt", weights_only=True)
+    bert = BERT(Config(**saved["config"])).eval()
+    bert.load_state_dict(saved["model"])
+    tokenizer = Tokenizer.from_file("out/tiny/tokenizer.json")
+    ids = torch.tensor([tokenizer.encode("bal", add_special_tokens=False).ids + [4]])  # before the first mask
+    full = [*ids[0].tolist(), *tokenizer.encode("fal", add_special_tokens=False).ids, 4]
+    full += tokenizer.encode(".", add_special_tokens=False).ids
+    p = bert.logits(bert.encode(torch.tensor([full])))[0].softmax(-1)
+    expected = []
+    for at in (i for i, t in enumerate(full) if t == 4):
+        best = p[at].topk(3)
+        expected.append(", ".join(f"{tokenizer.id_to_token(int(i))} {x:.1%}" for i, x in zip(best.indices, best.values)))
+    assert output.splitlines() == expected
+
+
+def test_texts_from_stdin_and_mistakes(run, model, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("bal <mask>\ndem <mask> fal\n"))
+    message, output = run("fill_mask.py", "out/tiny")
+    assert message is None and len(output.splitlines()) == 2
+    assert "the text has no <mask>: 'bal'" in run("fill_mask.py", "out/tiny", "bal")[0]
+    assert "more than max_len = 64" in run("fill_mask.py", "out/tiny", "<mask> " + "bal " * 99)[0]
+    assert "does not exist" in run("fill_mask.py", "out/none", "bal <mask>")[0]
+    assert "python fill_mask.py" in run("fill_mask.py", "out/tiny", "bal <mask>", "--top=0")[0]
+    said = "bal\nbal <mask>\n\n"
+    args = [sys.executable, ROOT / "fill_mask.py", "out/tiny", "--interactive"]
+    process = subprocess.run(args, input=said, capture_output=True, text=True)
+    assert process.returncode == 0 and "has no <mask>" in process.stdout and process.stdout.count("%") == 5
+
+
+def test_pictures(run, model):
+    assert run("train.py", *TINY, "--max_steps=10", "--out_dir=out/b")[0] is None
+    for args, file in [
+        (["out/tiny"], "out/tiny/curves.png"),
+        (["out/tiny", "out/b", "--x=tokens", "--out=two.png"], "two.png"),
+    ]:
+        message, output = run("plot.py", *args)
+        assert message is None and "NOT" not in output and Path(file).read_bytes()[:4] == b"\x89PNG"
+    config = json.loads(Path("out/b/config.json").read_text())
+    Path("out/b/config.json").write_text(json.dumps(config | {"val_sha256": "other"}))
+    assert "differ in tokenizer or val.bin" in run("plot.py", "out/tiny", "out/b")[1]
+    entry = {"metric": "f1", "median": 70.0, "sd": 1.0, "partial": True}
+    Path("out/tiny/glue.json").write_text(json.dumps({"rows": {"run": {"mrpc": entry}, "scratch": {"mrpc": entry}}}))
+    assert run("plot.py", "out/tiny", "--card")[0] is None and Path("out/tiny/card.png").read_bytes()[:4] == b"\x89PNG"
+    assert "finetune_glue.py writes it" in run("plot.py", "out/b", "--card")[0]
+    assert "log.jsonl does not exist" in run("plot.py", "out/none")[0]
+    assert "python plot.py" in run("plot.py", "out/tiny", "--y=3")[0]
