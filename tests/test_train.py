@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -241,6 +242,19 @@ def test_the_end_of_the_corpus(run, tiny_data):
     assert message is None and output.count("the corpus ends") == 1
 
 
+def test_weights_and_biases_gets_what_the_log_gets(run, tiny_data, monkeypatch):
+    seen = []
+    fake = types.ModuleType("wandb")
+    fake.init = lambda **settings: seen.append(settings)
+    fake.log = lambda entry, step: seen.append(entry | {"at": step})
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    assert run("train.py", *TINY, "--max_steps=4", "--wandb_log=True")[0] is None
+    assert seen[0]["config"]["n_embd"] == 32 and seen[0]["id"] == "out-tiny" and seen[0]["resume"] == "allow"
+    logged = [json.loads(line) for line in Path("out/tiny/log.jsonl").read_text().splitlines()]
+    assert [{k: v for k, v in e.items() if k != "at"} for e in seen[1:]] == logged
+    assert all(e["at"] == e["step"] for e in seen[1:])
+
+
 def test_a_finished_run_is_not_overwritten(run, tiny_data):
     assert run("train.py", *TINY, "--max_steps=2")[0] is None
     before = Path("out/tiny/model.pt").read_bytes()
@@ -334,6 +348,11 @@ def test_a_checkpoint_can_run_no_code(run, tiny_data):
             return os.mkdir, ("pwned",)
 
     run("train.py", *TINY, "--max_steps=2")
+    os.remove("out/tiny/model.pt")
+    torch.save({"config": Evil(), "model": Evil()}, "out/tiny/model.pt")
+    for command in (["finetune_glue.py", *TINY, "--tasks=rte"], ["fill_mask.py", "out/tiny", "bal <mask>"]):
+        message, _ = run(*command)
+        assert "cannot be read" in message and "\n" not in message and not Path("pwned").exists()
     os.remove("out/tiny/model.pt")
     torch.save({"config": Evil()}, "out/tiny/ckpt.pt")
     pickle.loads(pickle.dumps(Evil()))  # the attack works where pickles are trusted
