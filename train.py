@@ -507,10 +507,11 @@ def main(config):
             write_log(val_loss=val_loss, val_accuracy=val_accuracy)
 
         # save
-        if rank == 0 and save:
-            own = {k: v for k, v in config.items() if k not in FREE_KEYS}
-            parts = {"model": model.state_dict(), "optimizer": opt.state_dict(), "scaler": scaler.state_dict()}
-            torch_save(out / "ckpt.pt", {**parts, **state, "config": own, "torch": str(torch.__version__)})
+        if save:
+            if rank == 0:
+                own = {k: v for k, v in config.items() if k not in FREE_KEYS}
+                parts = {"model": model.state_dict(), "optimizer": opt.state_dict(), "scaler": scaler.state_dict()}
+                torch_save(out / "ckpt.pt", {**parts, **state, "config": own, "torch": str(torch.__version__)})
             last_checkpoint = state["elapsed"]
 
         # stop
