@@ -101,7 +101,12 @@ def pearson(p, y):
     return 100 * float(stats.pearsonr(p, y)[0]) if np.ptp(p) > 0 and np.ptp(y) > 0 else 0.0
 
 
-METRICS = {"matthews": matthews, "f1": f1, "accuracy": accuracy, "pearson": pearson}
+def spearman(p, y):
+    return 100 * float(stats.spearmanr(p, y)[0]) if np.ptp(p) > 0 and np.ptp(y) > 0 else 0.0
+
+
+METRICS = {"matthews": matthews, "f1": f1, "accuracy": accuracy, "pearson": pearson, "spearman": spearman}
+ALSO = {"f1": "accuracy", "pearson": "spearman"}  # GLUE's second metrics: in glue.json, beside the one that counts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -307,7 +312,7 @@ def collate(rows, index, ids, where):
 def finetune(make_model, train, dev, test, n_classes, seed, ids, where, bar):
     """One run on train, (rows, labels). dev: {name: (rows, labels, metric)}, test: {file: rows}.
 
-    Returns ({dev set: score after each epoch}, {test set: classes or values}, model).
+    Returns ({dev set: score after each epoch}, {dev set: second metric}, {test set: classes or values}, model).
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -319,7 +324,7 @@ def finetune(make_model, train, dev, test, n_classes, seed, ids, where, bar):
     labels, lengths = torch.from_numpy(labels), np.array([len(r) for r in rows])
     size = min(glue_batch_size, len(rows))
     total, step = glue_epochs * (len(rows) // size), 0
-    scores = {name: [] for name in dev}
+    scores, also = {name: [] for name in dev}, {}
     for _ in range(glue_epochs):
         model.train()
         for index in batches(lengths, size, rng):
@@ -339,8 +344,10 @@ def finetune(make_model, train, dev, test, n_classes, seed, ids, where, bar):
         if not math.isfinite(loss.item()):
             sys.exit(f"finetune_glue.py: the loss became {float(loss)}; lower glue_learning_rate, or --dtype=float32")
         for name, (dev_rows, dev_labels, metric) in dev.items():
-            scores[name].append(METRICS[metric](predict(model, dev_rows, n_classes, ids, where), dev_labels))
-    return scores, {file: predict(model, rows, n_classes, ids, where) for file, rows in test.items()}, model
+            found = predict(model, dev_rows, n_classes, ids, where)
+            scores[name].append(METRICS[metric](found, dev_labels))
+            also[name] = METRICS[ALSO.get(metric, metric)](found, dev_labels)
+    return scores, also, {file: predict(model, rows, n_classes, ids, where) for file, rows in test.items()}, model
 
 
 @torch.no_grad()
@@ -529,7 +536,7 @@ def main(config):
         for task, seed, train, dev, test, common in jobs:
             bar.set_description(f"{glue_init}: {task.name}, seed {seed}")
             start, n_classes = time.monotonic(), len(task.labels) or 1
-            epochs, predictions, model = finetune(make_model, train, dev, test, n_classes, seed, ids, where, bar)
+            epochs, also, predictions, model = finetune(make_model, train, dev, test, n_classes, seed, ids, where, bar)
             seconds = time.monotonic() - start
             for file, values in predictions.items():
                 write_predictions(out, file, values, task.labels)
@@ -538,8 +545,10 @@ def main(config):
                 (out / "classifiers").mkdir(exist_ok=True)
                 torch_save(out / "classifiers" / f"{task.name}.pt", parts | {"pooling": glue_pooling})
             for name, (_, _, metric) in dev.items():
-                before = row[name] if seed else {"epochs": [], "seconds": []}
-                every = {"epochs": [*before["epochs"][:seed], epochs[name]], "seconds": [*before["seconds"][:seed], seconds]}
+                new = {"epochs": epochs[name], "seconds": seconds}
+                if metric in ALSO:
+                    new[ALSO[metric]] = also[name]
+                every = {k: [*(row[name][k][:seed] if seed else []), v] for k, v in new.items()}
                 scores = [e[-1] for e in every["epochs"]]
                 spread = {"scores": scores, "median": median(scores), "sd": stdev(scores) if seed else 0.0}
                 row[name] = {"metric": metric} | spread | every | common

@@ -277,7 +277,7 @@ def load_checkpoint(path, config):
     """The checkpoint, on the CPU. SystemExit if it is damaged, or of another experiment."""
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        old, _ = ckpt["config"], ckpt["optimizer"]
+        old, _ = ckpt["config"], [ckpt[k] for k in "model optimizer scaler step tokens rows elapsed torch".split()]
     except Exception as e:
         reason = (str(e).strip() or "no reason given").splitlines()[0]
         sys.exit(f"train.py: {path} cannot be read: {type(e).__name__}: {reason}; remove it, or --resume=never starts anew")
@@ -402,8 +402,10 @@ def main(config):
             print(f"continuing {out} at step {state['step']:,}, {state['elapsed'] / 3600:.3f} h into the budget")
         else:
             shutil.copy(folder / "tokenizer.json", out)
-            for name in ("log.jsonl", "ckpt.pt", "model.pt", "rules.json", "glue.json", "glue.md"):
+            for name in ("log.jsonl", "ckpt.pt", "model.pt", "rules.json", "glue.json", "glue.md", "submission.zip"):
                 (out / name).unlink(missing_ok=True)
+            for name in ("submission", "classifiers"):
+                shutil.rmtree(out / name, ignore_errors=True)
         write_json(out / "config.json", config)
     del ckpt
 
