@@ -211,7 +211,7 @@ def bench_finetune():
     config = transformers.BertConfig(
         vocab_size=8192, hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=768
     )
-    theirs = transformers.BertForSequenceClassification(config).to(where).train()
+    theirs = {d: transformers.BertForSequenceClassification(config).to(where, d).train() for d in (torch.float32, bert.dtype)}
 
     def loop(model, logits):
         opt = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
@@ -229,15 +229,18 @@ def bench_finetune():
         for index in batches(lengths, 16, rng):
             yield ours(*collate(rows, index, ids, where)), 16
 
-    def padded():
+    def padded(theirs):
         for start in range(0, len(rows), 16):
             some = rows[start : start + 16]
             tokens = torch.tensor([r + [0] * (SEQ_LEN - len(r)) for r in some], device=where)
             yield theirs(input_ids=tokens, attention_mask=(tokens != 0).long()).logits, len(some)
 
     print(f"fine-tuning, 4 x 256, batch 16, mean length {lengths.mean():.0f}")
-    times = take_turns({"finetune_glue.py": loop(ours, bucketed), "transformers, padded to 128": loop(theirs, padded)}, 3)
-    base = median(len(rows) / s for s in times["transformers, padded to 128"])
+    candidates = {f"finetune_glue.py, {str(bert.dtype)[6:]}": loop(ours, bucketed)}
+    for dtype, model in theirs.items():
+        candidates[f"transformers, padded to 128, {str(dtype)[6:]}"] = loop(model, lambda model=model: padded(model))
+    times = take_turns(candidates, 3)
+    base = median(len(rows) / s for s in times["transformers, padded to 128, float32"])
     for label, seconds in times.items():
         show(label, seconds, len(rows), "examples/s", base)
 

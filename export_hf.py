@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 
 from model import BERT, Config
 
@@ -118,7 +118,10 @@ def load_weights(folder):
 
 def load_tokenizer(folder):
     if (folder / "tokenizer.json").exists():
-        return Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        return tokenizer
     if not (folder / "vocab.txt").exists():
         sys.exit(f"export_hf.py: {folder} has neither tokenizer.json nor vocab.txt")
     from tokenizers.implementations import BertWordPieceTokenizer
@@ -177,7 +180,9 @@ def model_card(run, what):
         "---",
         f"# {run.name}",
         "",
-        f"{what}, pretrained from scratch with nanoCram.",
+        what,
+        "Where there is a modeling_nanocram.py, load model and tokenizer with `trust_remote_code=True`.",
+        "",
     ]
     for e in final:
         lines.append(
@@ -209,9 +214,13 @@ def export(run, to, task=None):
         sys.exit(f"export_hf.py: {source} does not exist; {how}")
     if to.exists() and any(to.iterdir()):
         sys.exit(f"export_hf.py: {to} exists and is not empty; choose another folder")
-    saved = torch.load(source, map_location="cpu", weights_only=True)
-    config, weights = Config(**saved["config"]), saved["model"]
-    tokenizer = Tokenizer.from_file(str(run / "tokenizer.json"))
+    try:
+        saved = torch.load(source, map_location="cpu", weights_only=True)
+        config, weights = Config(**saved["config"]), saved["model"]
+        tokenizer = Tokenizer.from_str(saved["tokenizer"] if task else (run / "tokenizer.json").read_text())
+    except Exception as e:
+        reason = (str(e).strip() or "no reason given").splitlines()[0]
+        sys.exit(f"export_hf.py: {source} or its tokenizer cannot be read: {type(e).__name__}: {reason}")
     special = {}
     for name in ("pad", "unk", "cls", "sep", "mask"):
         token = f"<{name}>" if tokenizer.token_to_id(f"<{name}>") is not None else f"[{name.upper()}]"
@@ -232,15 +241,24 @@ def export(run, to, task=None):
             more = {"pooling": saved["pooling"], "pooler_width": len(heads["pooler.bias"])}
             more |= {"id2label": dict(enumerate(saved["labels"] or ["score"]))}
             more |= {"label2id": {label: i for i, label in more["id2label"].items()}}
+            if not saved["pair"] and saved["init"] in ("run", "scratch"):  # as finetune_glue.py joins a single text
+                cls, sep = (special[f"{name}_token"] for name in ("cls", "sep"))
+                pairs = [(token, tokenizer.token_to_id(token)) for token in (cls, sep)]
+                single, pair = f"{cls} $A {sep} {sep}", f"{cls} $A {sep} $B:1 {sep}:1"
+                tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=pairs)
         hf = own_config(config, "NanocramForSequenceClassification" if task else "NanocramForMaskedLM", **more)
         (aside / "modeling_nanocram.py").write_text(modelling_file())
     hf |= {"dtype": "float32", "pad_token_id": tokenizer.token_to_id(special["pad_token"])}
     save_file({k: v.contiguous() for k, v in weights.items()}, aside / "model.safetensors", {"format": "pt"})
     (aside / "config.json").write_text(json.dumps(hf, indent=1) + "\n")
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.max_len, **special}
-    (aside / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
-    shutil.copy(run / "tokenizer.json", aside)
-    (aside / "README.md").write_text(model_card(run, f"A classifier for {task}" if task else "A masked language model"))
+    names = ["input_ids", *["token_type_ids"] * (config.token_types > 0), "attention_mask"]
+    (aside / "tokenizer_config.json").write_text(json.dumps(settings | {"model_input_names": names}, indent=1) + "\n")
+    tokenizer.save(str(aside / "tokenizer.json"))
+    init = saved.get("init", "run") if task else "run"
+    start = {"run": "pretrained from scratch", "scratch": "without pretraining,"}.get(init, f"started from {init},")
+    card = model_card(run, f"{f'A classifier for {task}' if task else 'A masked language model'}, {start} with nanoCram.")
+    (aside / "README.md").write_text(card)
     if to.exists():
         to.rmdir()
     aside.rename(to)

@@ -52,7 +52,8 @@ def main(args):
         sys.exit(__doc__.strip())
     run = load(words[0])
     interactive = "interactive" in options
-    texts = words[1:] or iter(lambda: input(f"text with {run[2]}: ") if interactive else sys.stdin.readline().rstrip("\n"), "")
+    prompt = iter(lambda: input(f"text with {run[2]}: "), "")
+    texts = words[1:] or (prompt if interactive else (line for line in map(str.strip, sys.stdin) if line))
     for text in texts:
         try:
             for found in fill_mask(*run, text, int(top)):

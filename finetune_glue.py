@@ -7,6 +7,7 @@ selected on dev data), the median over several seeds. A further call adds rows a
 """
 
 import csv
+import hashlib
 import json
 import math
 import platform
@@ -128,7 +129,8 @@ def read_table(path, columns, label, header=None):
     """The examples of a .jsonl, or of a tab-separated file without quoting. Rows with missing fields (QQP has some) are
     counted and left out; in a test set (label None) they stay, as the server counts rows."""
     if not path.exists():
-        hint = "; gluebenchmark.com/tasks has it, --glue_dir='' reads the hub" if Path(glue_dir) in path.parents else ""
+        from_glue = glue_dir and Path(glue_dir).expanduser() in path.parents
+        hint = "; gluebenchmark.com/tasks has it, --glue_dir='' reads the hub" if from_glue else ""
         sys.exit(f"finetune_glue.py: {path} is missing{hint}; or leave its task out of `tasks`")
     examples, skipped, wanted = [], 0, [*columns, label] if label else columns
     csv.field_size_limit(10**9)
@@ -166,7 +168,7 @@ def load_part(task, part):
     if glue_dir:
         # CoLA's files have no header, but for the test set
         header = ["source", "label", "mark", "sentence"] if task == "cola" and label else None
-        examples = read_table(Path(glue_dir) / folder / f"{part}.tsv", columns, label, header)
+        examples = read_table(Path(glue_dir).expanduser() / folder / f"{part}.tsv", columns, label, header)
         return [e for e in examples if e[2] != "-"]  # on these pairs of MNLI the annotators did not agree
     return hub_examples(task, part.replace("dev", "validation"), HUB_COLUMNS.get(task, columns), labels, label)
 
@@ -190,7 +192,7 @@ def load_diagnostic():
     """The diagnostic set: (examples, whether they have labels, as only diagnostic-full.tsv of the official site has)."""
     if not glue_dir:
         return hub_examples("ax", "test", HUB_COLUMNS["mnli"], [], None), False
-    full = Path(glue_dir) / "diagnostic" / "diagnostic-full.tsv"
+    full = Path(glue_dir).expanduser() / "diagnostic" / "diagnostic-full.tsv"
     if full.exists():
         return read_table(full, ["Premise", "Hypothesis"], "Label"), True
     return read_table(full.with_name("diagnostic.tsv"), GLUE["mnli"][1], None), False
@@ -223,14 +225,23 @@ def load_docs(name):
 
 
 def load_own(entry):
-    """One's own task: {"name", "train", "dev": files (.tsv or .jsonl), "columns": one or two, "label", "metric"}."""
-    entry = {"label": "label", "metric": "accuracy", **entry}
-    if entry.keys() != {"name", "train", "dev", "columns", "label", "metric"} or len(entry["columns"]) not in (1, 2):
-        sys.exit(f"finetune_glue.py: an own task has name, train, dev, columns (one or two), label, metric; not {entry}")
+    """One's own task: {"name", "train", "dev": files (.tsv or .jsonl), "columns": one or two, "label", "labels", "metric"}.
+
+    label: the column; labels: its values in order (the second is the positive one for f1), by default sorted.
+    """
+    entry = {"label": "label", "metric": "accuracy", "labels": [], **entry}
+    keys = {"name", "train", "dev", "columns", "label", "labels", "metric"}
+    if entry.keys() != keys or len(entry["columns"]) not in (1, 2):
+        sys.exit(
+            f"finetune_glue.py: an own task has name, train, dev, columns (one or two), label, labels, metric; not {entry}"
+        )
     if entry["metric"] not in METRICS or entry["name"] in [*NINE, "wnli", "ax", *DOCS]:
         sys.exit(f"finetune_glue.py: the task {entry['name']!r} needs a name of its own, and a metric of {', '.join(METRICS)}")
     train, dev = (read_table(Path(entry[part]).expanduser(), entry["columns"], entry["label"]) for part in ("train", "dev"))
-    labels = [] if entry["metric"] == "pearson" else sorted({str(y) for *_, y in train})
+    labels = [str(y) for y in entry["labels"]] or sorted({str(y) for *_, y in train})
+    labels = [] if entry["metric"] in ("pearson", "spearman") else labels
+    if len(labels) == 1 or (entry["metric"] == "f1" and len(labels) != 2):
+        sys.exit(f"finetune_glue.py: {entry['name']} has the labels {labels}; f1 needs two, the other metrics two or more")
     return Task(entry["name"], train, {entry["name"]: dev}, {}, labels, entry["metric"])
 
 
@@ -294,9 +305,9 @@ def batches(lengths, size, rng=None):
 
 
 def collate(rows, index, ids, where):
-    """Padded ids, mask and segments (1 behind the first <sep>), each (B, T), T a multiple of 8."""
-    lengths = torch.tensor([len(rows[i]) for i in index])
-    tokens = np.full((len(index), -(-int(lengths.max()) // 8) * 8), ids["pad"])
+    """Padded ids, mask and segments (1 behind the first <sep>), each (B, T), on a GPU with T a multiple of 8."""
+    lengths, unit = torch.tensor([len(rows[i]) for i in index]), 8 if where == "cuda" else 1
+    tokens = np.full((len(index), -(-int(lengths.max()) // unit) * unit), ids["pad"])
     for line, i in zip(tokens, index):
         line[: len(rows[i])] = rows[i]
     tokens = torch.from_numpy(tokens)
@@ -361,11 +372,10 @@ def predict(model, rows, n_classes, ids, where):
     return predictions
 
 
-def write_predictions(out, file, predictions, labels):
+def write_predictions(path, predictions, labels):
     """A file of the GLUE server: index, and the label's name, or for STS-B the value within 0 to 5."""
-    (out / "submission").mkdir(exist_ok=True)
     names = [labels[int(p)] for p in predictions] if labels else [f"{min(max(p, 0.0), 5.0):.3f}" for p in predictions]
-    with replace_file(out / "submission" / f"{file}.tsv") as f:
+    with replace_file(path) as f:
         f.write(("index\tprediction\n" + "".join(f"{i}\t{name}\n" for i, name in enumerate(names))).encode())
 
 
@@ -449,9 +459,14 @@ def card_text(card):
     lines.append("Metrics: " + ", ".join(f"{t} {entry['metric']}" for t, entry in entries.items()) + ".")
     if glue:
         lines.append("Published rows: [paper] arXiv 2212.14034, [card] JonasGeiping/crammed-bert on the Hugging Face hub.")
-    partial = {f"{t} ({row[t]['n_train']:,} training examples)" for row in rows.values() for t in row if row[t]["partial"]}
-    if partial:
-        lines.append(f"On partial data, not comparable with published scores: {', '.join(sorted(partial))}.")
+    for title, row in rows.items():
+        if partial := [
+            f"{t} ({e['n_train']:,} training and {e['n_dev']:,} dev examples)" for t, e in row.items() if e["partial"]
+        ]:
+            lines.append(f"On partial data, not comparable with published scores: {title}: {', '.join(partial)}.")
+    settings = [e["settings"] for e in entries.values()] + [e["settings"] for row in rows.values() for e in row.values()]
+    if differ := sorted({k for s in settings for k in s if s[k] != settings[0][k]}):
+        lines.append(f"Not all scores have the same {', '.join(differ)}; see glue.json.")
     return "\n".join([*lines, f"Rules of cramming: {card['rules']}.", ""])
 
 
@@ -482,7 +497,7 @@ def load_start(out):
         reason = (str(e).strip() or "no reason given").splitlines()[0]
         sys.exit(f"finetune_glue.py: model.pt or tokenizer.json in {out} cannot be read: {type(e).__name__}: {reason}")
     sizes = max(tokenizer.get_vocab().values()) + 1, model_config.vocab_size
-    if sizes[0] != sizes[1]:
+    if sizes[0] > sizes[1] or (sizes[0] < sizes[1] and glue_init in ("run", "scratch")):  # Hugging Face's may be padded
         sys.exit(f"finetune_glue.py: {out}: tokenizer.json has {sizes[0]} ids, but model.pt {sizes[1]}")
     tokenizer.encode_special_tokens = True  # "<mask>" in a text is text
     if glue_max_len > model_config.max_len:
@@ -515,49 +530,58 @@ def main(config):
     card = json.loads((out / "glue.json").read_text()) if (out / "glue.json").exists() else {"rows": {}}
     card |= {"settings": own, "versions": {"python": platform.python_version(), "torch": str(torch.__version__)}}
     row, jobs = card["rows"].setdefault(glue_init, {}), []
+    kept = out if glue_init == "run" else out / Path(glue_init).name  # predictions and classifiers of each start
     if "ax" in tasks and "mnli" not in tasks:
         sys.exit("finetune_glue.py: the model of mnli answers ax; add mnli to `tasks`")
     for task in map(load_task, [t for t in tasks if t != "ax"]):
         if 0 < glue_max_train < len(task.train):
             pick = np.random.default_rng(0).choice(len(task.train), glue_max_train, replace=False)
             task.train, task.partial = [task.train[i] for i in pick], True
-        metrics = {name: "matthews" if name == "ax" else task.metric for name in task.dev}
-        common = {"n_train": len(task.train), "partial": task.partial, "settings": settings}
-        # scores of the same task, data and settings stand; others do until a new one takes their place
-        same = all(name in row and (common | {"metric": metrics[name]}).items() <= row[name].items() for name in metrics)
-        files = [out / "submission" / f"{file}.tsv" for file in task.test]
-        files += [out / "classifiers" / f"{task.name}.pt"] * glue_save
-        done = min(len(row[name]["scores"]) for name in metrics) if same and all(f.exists() for f in files) else 0
-        train, test = encode(tokenizer, ids, task.train), {f: encode(tokenizer, ids, x)[0] for f, x in task.test.items()}
-        dev = {name: (*encode(tokenizer, ids, x), metrics[name]) for name, x in task.dev.items()}
-        jobs += [(task, seed, train, dev, test if seed == 0 else {}, common) for seed in range(done, glue_seeds)]
+        examples = hashlib.sha256(repr((task.train, task.dev, task.labels)).encode()).hexdigest()[:16]
+        common = {"n_train": len(task.train), "partial": task.partial, "settings": settings, "examples": examples}
+        # scores of the same data and settings stand; others do until a new one takes their place
+        same = all(name in row and common.items() <= row[name].items() for name in task.dev)
+        done = min(len(row[name]["scores"]) for name in task.dev) if same else 0
+        files = {file: kept / "submission" / f"{file}.tsv" for file in task.test}
+        files |= {"classifier": kept / "classifiers" / f"{task.name}.pt"} if glue_save else {}
+        seeds = list(range(done, glue_seeds))
+        if same and not all(str(f) in row[name]["files"] and f.exists() for f in files.values() for name in task.dev):
+            seeds = [0, *(x for x in seeds if x)]
+        if seeds:
+            train, test = encode(tokenizer, ids, task.train), {f: encode(tokenizer, ids, x)[0] for f, x in task.test.items()}
+            metrics = {name: "matthews" if name == "ax" else task.metric for name in task.dev}
+            dev = {name: (*encode(tokenizer, ids, x), metrics[name]) for name, x in task.dev.items()}
+            jobs += [(task, seed, train, dev, test if seed == 0 else {}, common, files, same) for seed in seeds]
 
     with tqdm(total=sum(glue_epochs * len(job[2][0]) for job in jobs), unit=" examples", disable=None, smoothing=0) as bar:
-        for task, seed, train, dev, test, common in jobs:
+        for task, seed, train, dev, test, common, files, same in jobs:
             bar.set_description(f"{glue_init}: {task.name}, seed {seed}")
             start, n_classes = time.monotonic(), len(task.labels) or 1
             epochs, also, predictions, model = finetune(make_model, train, dev, test, n_classes, seed, ids, where, bar)
             seconds = time.monotonic() - start
-            for file, values in predictions.items():
-                write_predictions(out, file, values, task.labels)
-            if glue_save and seed == 0:
-                parts = {"config": vars(model_config), "model": model.state_dict(), "labels": task.labels}
-                (out / "classifiers").mkdir(exist_ok=True)
-                torch_save(out / "classifiers" / f"{task.name}.pt", parts | {"pooling": glue_pooling})
-            for name, (_, _, metric) in dev.items():
-                new = {"epochs": epochs[name], "seconds": seconds}
-                if metric in ALSO:
-                    new[ALSO[metric]] = also[name]
-                every = {k: [*(row[name][k][:seed] if seed else []), v] for k, v in new.items()}
+            if seed == 0:
+                for path in files.values():
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                for file, values in predictions.items():
+                    write_predictions(files[file], values, task.labels)
+                if glue_save:
+                    parts = {"config": vars(model_config), "model": model.state_dict(), "labels": task.labels}
+                    parts |= {"pooling": glue_pooling, "pair": task.train[0][1] is not None, "init": glue_init}
+                    torch_save(files["classifier"], parts | {"tokenizer": tokenizer.to_str()})
+            for name, (_, dev_labels, metric) in dev.items():
+                old = row[name] if seed or same else {}
+                new = {"epochs": epochs[name], "seconds": seconds} | ({ALSO[metric]: also[name]} if metric in ALSO else {})
+                every = {k: [*old.get(k, [])[:seed], v, *old.get(k, [])[seed + 1 :]] for k, v in new.items()}
                 scores = [e[-1] for e in every["epochs"]]
-                spread = {"scores": scores, "median": median(scores), "sd": stdev(scores) if seed else 0.0}
-                row[name] = {"metric": metric} | spread | every | common
-                tqdm.write(f"{glue_init}: {name}, seed {seed}: {metric} {scores[-1]:.1f}, {seconds:.0f} s")
+                spread = {"scores": scores, "median": median(scores), "sd": stdev(scores) if len(scores) > 1 else 0.0}
+                made = {"files": sorted({*old.get("files", []), *map(str, files.values())})}
+                row[name] = {"metric": metric, "n_dev": len(dev_labels)} | spread | every | common | made
+                tqdm.write(f"{glue_init}: {name}, seed {seed}: {metric} {scores[seed]:.1f}, {seconds:.0f} s")
             sys.stdout.flush()
             write_card(out, card)
     write_card(out, card)
     if glue_submit:
-        zip_predictions(out)
+        zip_predictions(kept)
     print("\n" + card_text(card))
 
 

@@ -33,12 +33,21 @@ def read_log(run):
     path = Path(run) / "log.jsonl"
     if not path.exists():
         sys.exit(f"plot.py: {path} does not exist; name the folder of a run, as in out/demo")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    entries = []
+    for line in path.read_text().splitlines():
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            continue  # a killed run's last line
+    if not entries:
+        sys.exit(f"plot.py: {path} is empty: the run has only begun")
+    return entries
 
 
 def comparable(runs):
     """Whether the runs' validation losses measure the same thing: same tokenizer, same val.bin."""
-    configs = [json.loads((Path(run) / "config.json").read_text()) for run in runs]
+    files = [Path(run) / "config.json" for run in runs]
+    configs = [json.loads(file.read_text()) if file.exists() else {"val_sha256": file} for file in files]
     return len({(c.get("tokenizer_sha256"), c.get("val_sha256")) for c in configs}) == 1
 
 
@@ -112,8 +121,8 @@ if __name__ == "__main__":
     if not runs or options.keys() - {"out", "x", "card"} or options.get("x", "clock") not in ("clock", "tokens"):
         sys.exit(__doc__.strip())
     file = options.get("out", str(Path(runs[0]) / ("card.png" if "card" in options else "curves.png")))
-    if "card" in options:
-        draw_card(runs[0], file)
-    else:
-        draw_curves(runs, options.get("x"), file)
+    try:
+        draw_card(runs[0], file) if "card" in options else draw_curves(runs, options.get("x"), file)
+    except (OSError, ValueError) as e:  # a folder that is not there, a suffix that matplotlib does not know
+        sys.exit(f"plot.py: {file}: {e}")
     print(file)

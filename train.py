@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -169,6 +170,20 @@ def load_bins(folder):
     return *bins, meta
 
 
+def forecast(rows, meta, speed, state):
+    """Says how long the corpus lasts at `speed` tokens/s, and warns where only the head of a sorted one will be seen."""
+    seen, order = state["tokens"] + speed * (budget_hours * 3600 - state["elapsed"]), meta["settings"]["order"]
+    tqdm.write(
+        f"{budget_hours:.3g} h of budget, the corpus lasts {rows.size / speed / 3600:.3g} h at {speed:,.0f} tokens/s: "
+        f"{seen / rows.size:.0%} of one epoch"
+    )
+    if order != "shuffle" and seen < 0.9 * rows.size:
+        tqdm.write(
+            f"train.py: warning: the corpus is sorted by {order} and only its head will be seen; "
+            f"prepare.py with max_rows={seen / rows.shape[1]:.0f} cuts after sorting, max_chars before"
+        )
+
+
 def next_rows(rows, cursor, count, where):
     """`count` rows from `cursor` on, around the end of the corpus, as int64 ids (count, seq_len) on the device."""
     ids = torch.from_numpy(rows[np.arange(cursor, cursor + count) % len(rows)].astype(np.int32))
@@ -203,7 +218,7 @@ def peak_flops(where, act_dtype):
     if where == "cuda":
         name = torch.cuda.get_device_name()
         for key, tflops in GPU_PEAKS.items():
-            if key in name:
+            if re.search(rf"\b{key}\b", name):
                 return tflops * 1e12, name
     a, seconds = torch.rand(2048, 2048, generator=torch.Generator().manual_seed(0)).to(where, act_dtype), []
     for _ in range(12):
@@ -213,7 +228,7 @@ def peak_flops(where, act_dtype):
     return 2 * 2048**3 / min(seconds), f"measured on this {where}"
 
 
-def compiled(model, scaler, *batch):
+def compiled(model, scale, *batch):
     """The compiled model; or, with a warning, the model itself where no compiler works or the gradients differ.
 
     The check is worth its seconds: torch 2.13 silently compiles one way to write rotary positions to wrong gradients.
@@ -222,8 +237,8 @@ def compiled(model, scaler, *batch):
     try:
         fast = torch.compile(model, dynamic=False)  # shapes are fixed; a static graph is the fastest
         for forward in (fast, model):
-            scaler.scale(forward(*batch)).backward()
-            gradients.append([p.grad for p in model.parameters()])
+            scale(forward(*batch)).backward()
+            gradients.append([p.grad for p in model.parameters() if p.ndim > 1])  # that of a key's bias is 0 but for noise
             model.zero_grad(set_to_none=True)
     except torch.OutOfMemoryError:
         model.zero_grad(set_to_none=True)
@@ -235,9 +250,11 @@ def compiled(model, scaler, *batch):
         reason = (str(e).strip() or "no reason given").splitlines()[0]
         print(f"train.py: warning: torch.compile does not work here, going on without: {type(e).__name__}: {reason}")
         return model
-    # in thirds, so that queries, keys and values count one by one
-    thirds = [(x, y) for a, b in zip(*gradients) for x, y in zip(a.chunk(3), b.chunk(3))]
-    error = max(((x - y).norm() / y.norm().clamp(min=1e-30)).nan_to_num(math.inf).item() for x, y in thirds)
+    # in thirds, so that queries, keys and values count one by one; in fp16 the first scales overflow
+    pairs = [(a, b) for a, b in zip(*gradients) if b.isfinite().all()]
+    thirds = [(x, y) for a, b in pairs for x, y in zip(a.chunk(3), b.chunk(3))]
+    errors = [((x - y).norm() / y.norm().clamp(min=1e-30)).nan_to_num(math.inf).item() for x, y in thirds]
+    error = max(errors, default=0.0)
     if model.config.dropout == 0 and error > 0.5:  # with dropout the passes differ
         print(f"train.py: warning: torch.compile changes a gradient by {error:.0%}, going on without")
         return model
@@ -252,6 +269,14 @@ def make_optimizer(model):
     ]
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[optimizer]
     return kind(groups, lr=learning_rate, betas=(beta1, beta2), eps=adam_eps, fused=True)
+
+
+def out_of_memory(micro):
+    smaller = max((d for d in range(1, micro) if micro % d == 0), default=0)
+    what = (
+        f"--micro_batch_size={smaller} needs less for the same result" if smaller else "the model is too large for this device"
+    )
+    return f"out of memory; {what}"
 
 
 def first_non_finite(model, *batch):
@@ -309,7 +334,7 @@ def torch_save(path, value):
         try:
             torch.save(value, f)
         except RuntimeError as e:  # torch's writer replaces the error of the file by its own
-            raise OSError(errno.EIO, "could not be written, is the disk full?", str(path)) from e
+            raise OSError(errno.EIO, f"could not be written ({str(e).splitlines()[0]})", str(path)) from e
         f.flush()
         torch.load(f.name, map_location="cpu", weights_only=True)
 
@@ -320,10 +345,10 @@ def rules_record(settings, hours, where, world):
     return {
         "1 a masked language model from scratch": {"ok": True, "did": "random initial weights"},
         "2 no pretrained model in the pipeline": {
-            "ok": not given,
-            "did": f"tokenizer {given or 'trained on the corpus'}",
+            "ok": not given and "fineweb-edu" not in str(settings["sources"]).lower(),  # which a model has filtered
+            "did": f"tokenizer {given or 'trained on the corpus'}, sources {settings['sources']}",
         },
-        "3 raw text, no downstream data": {"ok": True, "did": f"sources {settings['sources']}, as the config says"},
+        "3 raw text, no downstream data": {"ok": True, "did": "not checked here; prepare.py --overlap=FOLDER looks for GLUE"},
         "4 one GPU, 24 hours": {"ok": hours < 24.05 and world == 1, "did": f"{hours:.3f} h on {world} {where}"},
     }
 
@@ -337,7 +362,7 @@ def main(config):
     def stop(number, frame):
         nonlocal reason
         reason = "stopped"
-        signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C does not wait
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C does not wait
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
@@ -351,10 +376,12 @@ def main(config):
         if rank:
             sys.stdout = open(os.devnull, "w")
 
-    out, folder = Path(out_dir), Path("data") / dataset
-    if batch_size % (micro_batch_size * world) or (batch_ramp and batch_ramp_rows % (micro_batch_size * world)):
-        times = f" on each of {world} devices" if world > 1 else ""
-        sys.exit(f"train.py: micro_batch_size = {micro_batch_size}{times} must divide batch_size and batch_ramp_rows")
+    out, folder, ramp_rows = Path(out_dir), Path("data") / dataset, batch_ramp_rows if batch_ramp else 0
+    if batch_size % world or ramp_rows % world:
+        sys.exit(f"train.py: batch_size and batch_ramp_rows must be divisible by the number of processes, {world}")
+    micro = math.gcd(micro_batch_size, batch_size // world, ramp_rows // world)  # rows a forward pass on this device
+    if micro != micro_batch_size and world == 1:
+        sys.exit(f"train.py: micro_batch_size = {micro_batch_size} must divide batch_size and batch_ramp_rows")
     if schedule == "inverse_sqrt" and not warmup:
         sys.exit("train.py: schedule=inverse_sqrt falls from the end of its warm-up; set warmup, for instance to 0.06")
     train_rows, val_rows, meta = load_bins(folder)
@@ -380,7 +407,8 @@ def main(config):
             import wandb
         except ImportError:
             sys.exit("train.py: wandb_log=True needs `pip install wandb`")
-        wandb.init(project="nanocram", name=out.name, id=str(out).replace("/", "-"), resume="allow", config=config)
+        run_id = {"id": str(out).replace("/", "-"), "resume": "allow" if ckpt else None}
+        wandb.init(project="nanocram", name=out.name, config=config, **run_id)
 
     def restore(ckpt):
         model.load_state_dict(ckpt["model"])
@@ -443,38 +471,33 @@ def main(config):
     too_many, last_recovery = 20 if scaler.is_enabled() else 3, -math.inf
     generator = torch.Generator(where)
     model.train()
-    step_model, batch, first_step, speed_said = model, (), state["step"], False
-    loss_sum = skipped = streak = worst = grad_norm = torch.zeros((), device=where)
-    lr, rows, steps, tokens = 0.0, 0, 0, 0  # the last two since the last log line, as are loss_sum, skipped and worst
+    step_model, batch, first_step, forecast_said = model, (), state["step"], False
+    loss_sum = skipped = streak = grad_norm = torch.zeros((), device=where)
+    lr, rows, steps, tokens = 0.0, 0, 0, 0  # the last two since the last log line, as are loss_sum and skipped
     timer = time.monotonic()  # start of the log interval; evaluations and checkpoints move it on
     start = timer - state["elapsed"]
     last_eval = last_checkpoint = state["elapsed"]
     while True:
         now = time.monotonic()
         state["elapsed"] = now - start
-        if world > 1:  # the clock of rank 0 is everyone's
-            shared = torch.tensor([state["elapsed"] * (rank == 0), float(reason != "")], dtype=torch.float64)
+        stop_now, log_now = reason != "", now - timer >= log_seconds
+        save = state["elapsed"] - last_checkpoint >= 60 * checkpoint_minutes
+        if world > 1:  # a signal to anyone stops all, and the clock of rank 0 is everyone's
+            mine = [stop_now, *(x * (rank == 0) for x in (log_now, save, state["elapsed"]))]
+            shared = torch.tensor(mine, dtype=torch.float64)
             dist.all_reduce(shared, dist.ReduceOp.MAX)
-            state["elapsed"], reason = shared[0].item(), reason or "stopped" * int(shared[1])
+            stop_now, log_now, save, state["elapsed"] = *map(bool, shared[:3]), shared[3].item()
         progress = min(state["step"] / max_steps if max_steps else state["elapsed"] / (budget_hours * 3600), 1.0)
         done = progress >= 1.0
-        save = done or reason or state["elapsed"] - last_checkpoint >= 60 * checkpoint_minutes
 
         # log
-        if steps and (done or now - timer >= log_seconds):
-            speed, left_out = tokens / max(now - timer, 1e-9), int(skipped)
-            if tokens and not speed_said and not max_steps:
-                seen = state["tokens"] + speed * (budget_hours * 3600 - state["elapsed"])
-                tqdm.write(
-                    f"{budget_hours:.3g} h of budget, the corpus lasts {train_rows.size / speed / 3600:.3g} h at "
-                    f"{speed:,.0f} tokens/s: {seen / train_rows.size:.0%} of one epoch"
-                )
-                if meta["settings"]["order"] != "shuffle" and seen < 0.9 * train_rows.size:
-                    tqdm.write(
-                        f"train.py: warning: the corpus is sorted by {meta['settings']['order']} and only its head will be "
-                        f"seen; prepare.py with max_rows={seen / seq_len:.0f} cuts after sorting, max_chars before"
-                    )
-                speed_said = True
+        if steps and (done or log_now):
+            left_out = int(skipped)  # waits for the device
+            now = time.monotonic()
+            speed = tokens / max(now - timer, 1e-9)
+            if tokens and not forecast_said and not max_steps:
+                forecast(train_rows, meta, speed, state)
+                forecast_said = True
             write_log(
                 loss=loss_sum.item() / (steps - left_out) if steps > left_out else None,
                 lr=lr,
@@ -485,31 +508,29 @@ def main(config):
                 epoch=state["rows"] / len(train_rows),
                 skipped=left_out,
             )
-            steps = tokens = 0
-            timer = now
-        if (save or not steps) and worst >= too_many:
+            steps, tokens, timer = 0, 0, now
+            loss_sum, skipped = torch.zeros_like(loss_sum), torch.zeros_like(skipped)
+        if (save or done or stop_now or not steps) and streak >= too_many:
             if not (out / "ckpt.pt").exists() or state["step"] - last_recovery < 100:
                 sys.exit(
-                    f"train.py: loss or gradient not finite {int(worst)} times in a row, step {state['step']:,}, learning "
+                    f"train.py: loss or gradient not finite {int(streak)} times in a row, step {state['step']:,}, learning "
                     f"rate {lr:.3g}, gradient norm {float(grad_norm):.3g}, first module with such an output: "
                     f"{first_non_finite(model, *batch)}; lower learning_rate, or --dtype=float32; what was saved is intact"
                 )
             ckpt = load_checkpoint(out / "ckpt.pt", config)
             restore(ckpt)
-            write_log(back_to_step=ckpt["step"], skipped=int(worst))
+            write_log(back_to_step=ckpt["step"], skipped=int(streak))
             last_recovery, streak = state["step"], torch.zeros_like(streak)
             del ckpt
-        if not steps:
-            loss_sum, skipped, worst = (torch.zeros_like(loss_sum) for _ in range(3))
 
         # evaluate
-        if rank == 0 and (done or (state["elapsed"] - last_eval >= 60 * eval_minutes and not reason)):
+        if rank == 0 and (done or (state["elapsed"] - last_eval >= 60 * eval_minutes and not stop_now)):
             val_loss, val_accuracy = evaluate(model, val_rows, mask_id, where)
             state["elapsed"] = last_eval = time.monotonic() - start
             write_log(val_loss=val_loss, val_accuracy=val_accuracy)
 
         # save
-        if save:
+        if save or done or stop_now:
             if rank == 0:
                 own = {k: v for k, v in config.items() if k not in FREE_KEYS}
                 parts = {"model": model.state_dict(), "optimizer": opt.state_dict(), "scaler": scaler.state_dict()}
@@ -519,9 +540,11 @@ def main(config):
         # stop
         if done:
             break
-        if reason:
+        if stop_now:
+            if world > 1:
+                dist.barrier()  # rank 0 has saved
             how = "the same command" if resume == "auto" else "--resume=auto"
-            sys.exit(f"train.py: {reason}; saved at step {state['step']:,}, {how} continues")
+            sys.exit(f"train.py: {reason or 'stopped'}; saved at step {state['step']:,}, {how} continues")
         timer += time.monotonic() - now
 
         # step
@@ -537,22 +560,22 @@ def main(config):
         )
         step_loss, first = torch.zeros((), device=where), rows // world * rank
         try:
-            for i in range(first, first + rows // world, micro_batch_size):
-                part = slice(i, i + micro_batch_size)
+            for i in range(first, first + rows // world, micro):
+                part = slice(i, i + micro)
                 batch = inputs[part], flat(positions[part], seq_len), targets[part].flatten()
                 if i == first:
                     if compile and state["step"] == first_step:
-                        step_model = compiled(model, scaler, *batch)
-                    torch.manual_seed(step_seed + rank)
+                        step_model = compiled(model, lambda loss, share=micro / rows: scaler.scale(loss * share), *batch)
+                    torch.manual_seed(step_seed + 1 + rank)
                 if reason and world == 1:
                     break
-                loss = step_model(*batch) * (micro_batch_size / rows)
+                loss = step_model(*batch) * (micro / rows)
                 scaler.scale(loss).backward()
                 step_loss += loss.detach()
         except torch.OutOfMemoryError:
             if world > 1:
                 raise
-            reason = f"out of memory; --micro_batch_size={max(micro_batch_size // 2, 1)} needs less for the same result"
+            reason = out_of_memory(micro)
         if reason and world == 1:  # do not let a large batch delay the checkpoint; this step is done again, from its start
             opt.zero_grad(set_to_none=True)
             continue
@@ -564,13 +587,13 @@ def main(config):
         bad = ~(step_loss.isfinite() & grad_norm.isfinite())
         if not scaler.is_enabled():
             opt.found_inf = bad.float()  # the fused step leaves itself out, as it does for a scaler
-        scaler.step(opt)
+        if where != "mps" or not bad:  # whose fused step ignores found_inf
+            scaler.step(opt)
         scaler.update()
         opt.zero_grad(set_to_none=True)
         loss_sum = loss_sum + step_loss.where(~bad, 0.0)
         skipped = skipped + bad
         streak = (streak + 1) * bad
-        worst = worst.maximum(streak)
         if (state["rows"] + rows) // len(train_rows) > state["rows"] // len(train_rows):
             tqdm.write(f"the corpus ends at step {state['step']:,}; it starts again, with other masks")
         state["step"] += 1
@@ -601,7 +624,6 @@ if __name__ == "__main__":
     try:
         main(config)
     except torch.OutOfMemoryError:
-        half = max(micro_batch_size // 2, 1)
-        sys.exit(f"train.py: out of memory; --micro_batch_size={half} needs less and gives the same result")
+        sys.exit(f"train.py: {out_of_memory(micro_batch_size)}; what was saved before is intact")
     except OSError as e:
         sys.exit(f"train.py: {e.strerror or e}: {e.filename or out_dir}; what was saved before is intact")

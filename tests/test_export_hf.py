@@ -156,6 +156,8 @@ print("largest difference", (logits - expected["logits"])[real].abs().max().item
 assert torch.allclose(logits[real], expected["logits"][real], atol=1e-5)
 found = pipeline("fill-mask", model=model, tokenizer=tokenizer)("bal " + tokenizer.mask_token + " dem")
 assert len(found) == 5 and 0 < found[0]["score"] <= 1
+half = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=trust, dtype=torch.bfloat16)
+assert half(**batch).logits.dtype == torch.bfloat16
 hidden = AutoModel.from_pretrained(folder, trust_remote_code=trust)(**batch).last_hidden_state
 assert hidden.shape[:2] == real.shape
 loss = model(**batch, labels=batch["input_ids"]).loss
@@ -233,5 +235,12 @@ def test_a_fine_tuned_classifier_exports_too(run, tiny_data, glue, home, tmp_pat
     away = tmp_path_factory.mktemp("away")
     texts = (["bal dem"], ["fal gol"])
     loads_in_transformers(home / "exported", True, {"texts": texts, "logits": logits}, away, CHECK_CLASSIFIER)
+    message, _ = run("finetune_glue.py", *TINY, *SMALL, "--tasks=cola", "--glue_save=True", "--glue_seeds=1")
+    assert run("export_hf.py", "out/tiny", "--to=single", "--task=cola")[0] is None
+    ids = Tokenizer.from_file("single/tokenizer.json").encode("bal dem").ids
+    assert ids == [2, *tokenizer.encode("bal dem", add_special_tokens=False).ids, 3, 3]  # as in fine-tuning
+    Path("out/tiny/classifiers/cola.pt").write_bytes(b"damaged")
+    assert "cannot be read" in run("export_hf.py", "out/tiny", "--to=third", "--task=cola")[0]
+    Path("out/tiny/classifiers/cola.pt").unlink()
     assert "--glue_save=True writes it" in run("export_hf.py", "out/tiny", "--to=other", "--task=cola")[0]
     assert "does not exist" in run("export_hf.py", "out/none", "--to=other")[0] and not Path("other").exists()

@@ -38,7 +38,7 @@ def test_the_answers_are_the_models(run, model):
 
 
 def test_texts_from_stdin_and_mistakes(run, model, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("bal <mask>\ndem <mask> fal\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("bal <mask>\n\ndem <mask> fal\n"))
     message, output = run("fill_mask.py", "out/tiny")
     assert message is None and len(output.splitlines()) == 2
     assert "the text has no <mask>: 'bal'" in run("fill_mask.py", "out/tiny", "bal")[0]
@@ -66,5 +66,11 @@ def test_pictures(run, model):
     Path("out/tiny/glue.json").write_text(json.dumps({"rows": {"run": {"mrpc": entry}, "scratch": {"mrpc": entry}}}))
     assert run("plot.py", "out/tiny", "--card")[0] is None and Path("out/tiny/card.png").read_bytes()[:4] == b"\x89PNG"
     assert "finetune_glue.py writes it" in run("plot.py", "out/b", "--card")[0]
+    Path("out/b/config.json").unlink()
+    with open("out/b/log.jsonl", "a") as f:
+        f.write('{"step": 9, "ho')
+    assert run("plot.py", "out/b")[0] is None
+    assert "is empty" in (Path("out/b/log.jsonl").write_text(""), run("plot.py", "out/b"))[1][0]
+    assert "plot.py: none/x.png" in run("plot.py", "out/tiny", "--out=none/x.png")[0]
     assert "log.jsonl does not exist" in run("plot.py", "out/none")[0]
     assert "python plot.py" in run("plot.py", "out/tiny", "--y=3")[0]

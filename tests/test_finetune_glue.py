@@ -113,9 +113,10 @@ def test_batches(lengths, size, seed):
 
 
 def test_batches_waste_little_on_padding():
-    lengths = np.random.default_rng(0).integers(5, 120, 4000)
+    lengths = np.minimum(np.random.default_rng(0).gamma(5, 3, 4000).astype(int) + 4, 120)  # short, as CoLA's
     found = G.batches(lengths, 16, np.random.default_rng(0))
-    width = sum(16 * -(-lengths[b].max() // 8) * 8 for b in found)
+    rows = [[5] * n for n in lengths]
+    width = sum(G.collate(rows, b, {"pad": 0, "sep": 3}, "cpu")[0].numel() for b in found)
     assert 1 - sum(lengths[b].sum() for b in found) / width < 0.1
     assert [b[0] for b in found] != [b[0] for b in G.batches(lengths, 16, np.random.default_rng(1))]
 
@@ -200,7 +201,7 @@ def test_a_task_that_can_be_learned_is_learned(run, glue, model):
 
 def test_glue_max_train_is_noted(run, glue, model):
     run("finetune_glue.py", *TINY, *SMALL, "--tasks=rte", "--glue_max_train=32")
-    assert "rte (32 training examples)" in Path("out/tiny/glue.md").read_text()
+    assert "pretrained: rte (32 training and 20 dev examples)" in Path("out/tiny/glue.md").read_text()
 
 
 def test_hub_layout(monkeypatch):
@@ -258,6 +259,9 @@ def test_predictions_for_the_server(run, glue, model, monkeypatch):
     assert len({r[1] for r in files["CoLA.tsv"][1::3]}) == 1  # the same text, the same answer, whatever it is padded to
     _, output = run("finetune_glue.py", *args, "--tasks=cola,stsb,rte")
     assert "seed 0:" not in output  # nothing is done twice
+    before = Path("out/tiny/submission/RTE.tsv").read_bytes()
+    _, output = run("finetune_glue.py", *args, "--tasks=rte", "--glue_init=scratch")
+    assert "out/tiny/scratch/submission.zip" in output and Path("out/tiny/submission/RTE.tsv").read_bytes() == before
     write(Path("glue/RTE/test.tsv"), ["index", "sentence1", "sentence2"], [[0, "a", "b"]])
     assert "RTE's test set has 1 rows, the GLUE server wants 3000" in run("finetune_glue.py", *args, "--tasks=rte")[0]
 
@@ -285,6 +289,8 @@ def test_ones_own_task(run, home, model):
         ({"label": "sort"}, "has no column 'sort'"),
         ({"dev": "none.tsv"}, "none.tsv is missing; or leave"),
         ({"metric": "pearson"}, "not one of the numbers"),
+        ({"metric": "f1"}, "f1 needs two"),
+        ({"labels": ["bal"]}, "has the labels ['bal']"),
     ]:
         message, _ = run("finetune_glue.py", *TINY, *SMALL, f"--tasks={[own | change]!r}")
         assert expected in message and "\n" not in message
@@ -304,6 +310,24 @@ def test_every_epoch_is_kept_and_the_last_one_counts(run, glue, model):
     assert [len(e) for e in entry["epochs"]] == [3, 3] and [e[-1] for e in entry["epochs"]] == entry["scores"]
     assert len(set(entry["epochs"][0])) == 3 and all(s > 0 for s in entry["seconds"])
     assert len(entry["spearman"]) == 2 and all(-100 <= s <= 100 for s in entry["spearman"])
+
+
+def test_what_was_not_kept_the_first_time_costs_one_seed(run, glue, model):
+    args = [*TINY, *SMALL, "--tasks=rte", "--glue_seeds=3"]
+    run("finetune_glue.py", *args)
+    before = json.loads(Path("out/tiny/glue.json").read_text())["rows"]["run"]["rte"]
+    _, output = run("finetune_glue.py", *args, "--glue_save=True")
+    assert "seed 0" in output and "seed 1" not in output and Path("out/tiny/classifiers/rte.pt").exists()
+    after = json.loads(Path("out/tiny/glue.json").read_text())["rows"]["run"]["rte"]
+    assert after["scores"] == before["scores"] and after["epochs"] == before["epochs"]
+    assert "seed" not in run("finetune_glue.py", *args, "--glue_save=True")[1].split("# Scorecard")[0]
+
+
+def test_other_examples_are_another_score(run, home, model):
+    own = {"name": "x", "train": "a.tsv", "dev": "a.tsv", "columns": ["t"]}
+    for words in ("bal dem", "fal gol"):
+        write(Path("a.tsv"), ["t", "label"], [[w, w] for w in words.split()] * 20)
+        assert "x, seed 0" in run("finetune_glue.py", *TINY, *SMALL, f"--tasks={[own]!r}")[1]
 
 
 def test_killed_it_repeats_one_seed_at_most(run, glue, model, home):

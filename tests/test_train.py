@@ -249,7 +249,7 @@ def test_weights_and_biases_gets_what_the_log_gets(run, tiny_data, monkeypatch):
     fake.log = lambda entry, step: seen.append(entry | {"at": step})
     monkeypatch.setitem(sys.modules, "wandb", fake)
     assert run("train.py", *TINY, "--max_steps=4", "--wandb_log=True")[0] is None
-    assert seen[0]["config"]["n_embd"] == 32 and seen[0]["id"] == "out-tiny" and seen[0]["resume"] == "allow"
+    assert seen[0]["config"]["n_embd"] == 32 and seen[0]["id"] == "out-tiny" and seen[0]["resume"] is None
     logged = [json.loads(line) for line in Path("out/tiny/log.jsonl").read_text().splitlines()]
     assert [{k: v for k, v in e.items() if k != "at"} for e in seen[1:]] == logged
     assert all(e["at"] == e["step"] for e in seen[1:])
@@ -457,7 +457,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def test_two_processes_give_the_curve_of_one(run, tiny_data):
-    args = [*TINY, "--max_steps=20", "--batch_size=16", "--batch_ramp=0.5", "--batch_ramp_rows=8", "--micro_batch_size=2"]
+    args = [*TINY, "--max_steps=20", "--batch_size=16", "--batch_ramp=0.5", "--batch_ramp_rows=8", "--micro_batch_size=8"]
     assert run("train.py", *args, "--out_dir=out/one")[0] is None
     process = subprocess.run([*TORCHRUN, *args, "--out_dir=out/two"], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
