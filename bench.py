@@ -161,7 +161,7 @@ def bench_prepare(folder):
 
     here = Path(__file__).resolve().parent
     datasets.disable_progress_bars()
-    texts = [text for text, _ in read_documents(str(folder), 0, "blank_line", {})]
+    texts = [text for text, _ in read_documents({"files": str(folder)}, 0, "blank_line", {})]
     size = sum(map(len, texts))
     with tempfile.TemporaryDirectory() as home:
         os.chdir(home)

@@ -12,6 +12,7 @@ rows, and --overlap=FOLDER counts the dev sentences of GLUE that are in it.
 
 import hashlib
 import heapq
+import itertools
 import json
 import os
 import random
@@ -30,7 +31,7 @@ from tqdm import tqdm
 from configurator import configure, write_json
 from package_docs import TASK_CHARS, write_tasks
 from rows import deduplicate, n_ids, order_table, show_overlap, show_rows, training_order, write_ordered
-from sources import local_files, read_documents
+from sources import check_sources, local_files, read_documents
 
 dataset = "demo"  # name of the corpus: the bins are written to data/<dataset>
 sources = ["docs"]  # "docs", files, folders or globs, or dicts: {"files": ...} or what datasets.load_dataset takes
@@ -48,6 +49,7 @@ dedup_tokens = 0  # [0, inf) cut out every later occurrence of a run of so many 
 order = "shuffle"  # {shuffle, sentence_length, unigram, reverse_unigram, word_length, fragment} of the training rows
 insert_sep = True  # end each document with <sep>
 insert_cls = False  # begin each document with <cls>
+plain_quotes = True  # normaliser: " for `` and ''
 lowercase = True  # normaliser: lower-case the text
 strip_accents = True  # normaliser: e for é
 ascii_only = True  # normaliser: drop what is not ASCII
@@ -81,8 +83,9 @@ def digest(data):
 
 def documents(counts):
     """(document, label) of all sources, in turns: each has its share, by `weight`, of the characters or token ids."""
-    streams = [read_documents(s, seed, txt_document, counts) for s in sources]
-    weights = [s.get("weight", 1.0) if isinstance(s, dict) else 1.0 for s in sources]
+    entries = check_sources(sources)
+    streams = [read_documents(entry, seed, txt_document, counts) for entry in entries]
+    weights = [entry.get("weight", 1.0) for entry in entries]
     taken = [0.0] * len(streams)
     while streams:
         turn = taken.index(min(taken))
@@ -90,7 +93,7 @@ def documents(counts):
         if document is not None:
             taken[turn] += len(document[0] or "") / weights[turn] if isinstance(document[0], (str, list)) else 0
             yield document
-        elif any(isinstance(s, dict) and "weight" in s for s in sources):
+        elif any("weight" in entry for entry in entries):
             print(f"source {turn + 1} of {len(sources)} has ended; to keep the proportions, the corpus ends with it")
             return
         else:
@@ -98,13 +101,10 @@ def documents(counts):
 
 
 def expected_bytes():
-    """Size of the text that will be read, or 0 where it is not known."""
-    if max_chars:
-        return max_chars
-    entries = [s["files"] if isinstance(s, dict) and "files" in s else s for s in sources]
-    if not all(isinstance(e, str) and e != "docs" for e in entries):
-        return 0
-    return sum(os.path.getsize(p) * (4 if p.endswith((".gz", ".zst")) else 1) for e in entries for p in local_files(e))
+    """Size of the text that will be read as far as it is known, at most max_chars; 0 where it is not."""
+    files = [entry["files"] for entry in check_sources(sources) if entry.get("files", "docs") != "docs"]
+    size = sum(os.path.getsize(p) * (4 if p.endswith((".gz", ".zst")) else 1) for f in files for p in local_files(f))
+    return min(size, max_chars) if max_chars and len(files) == len(sources) else max_chars or size
 
 
 def spool(path, counts):
@@ -122,7 +122,12 @@ def spool(path, counts):
                 counts["rows without text"] += 1
                 continue
             # JSON can hold lone surrogates, which no file can
-            text = text.replace("\0", "").encode("utf-8", "replace").decode().strip()
+            try:
+                text = text.replace("\0", "").strip()
+                text.encode()
+            except UnicodeEncodeError:
+                counts["documents with lone surrogates"] += 1
+                text = text.encode("utf-8", "replace").decode()
             if not text:
                 counts["empty documents"] += 1
                 continue
@@ -173,7 +178,7 @@ def train_tokenizer(sample):
 
     sample: a function that returns an iterator over texts, the same ones each time.
     """
-    steps = [normalizers.Replace("``", '"'), normalizers.Replace("''", '"')]
+    steps = [normalizers.Replace("``", '"'), normalizers.Replace("''", '"')] * plain_quotes
     steps += [normalizers.NFD() if strip_accents else normalizers.NFKC()]
     steps += [normalizers.Lowercase()] * lowercase + [normalizers.StripAccents()] * strip_accents
     steps += [normalizers.Replace(Regex(" {2,}"), " ")]
@@ -247,7 +252,7 @@ def with_template(tokenizer):
 
 def load_tokenizer(path):
     try:
-        if not os.path.exists(path) and path.count("/") >= 2:
+        if path.count("/") >= 2 and not os.path.exists(path.split("/")[0]):
             from huggingface_hub import hf_hub_download
 
             owner, name, inside = path.split("/", 2)
@@ -330,6 +335,7 @@ def pack(path, tokenizer, texts, ids, counts, ratio, total):
             full = len(joined) // seq_len
             joined[: full * seq_len].tofile(f)
             n_rows, rest = n_rows + full, joined[full * seq_len :]
+    counts["tokens of the last, partial row"] = len(rest)
     return n_rows, dropped
 
 
@@ -374,7 +380,7 @@ def copy_rows(work, size, counts):
 def build(work, config, settings):
     """Writes the whole data set into the folder `work`."""
     counts = Counter()
-    columns = {s.get("column", "text") if isinstance(s, dict) else "text" for s in sources}
+    columns = {entry.get("column", "text") for entry in check_sources(sources)}
     if "input_ids" in columns:
         if columns != {"input_ids"} or not tokenizer_file:
             sys.exit("prepare.py: tokenized rows (column input_ids) need their tokenizer_file, and no other sources beside")
@@ -420,7 +426,7 @@ def build(work, config, settings):
     print(f"  train.bin: {len(permutation):,} rows of {seq_len}, val.bin: {val_rows:,}")
     vocabulary = [t for t, i in tokenizer.get_vocab().items() if i not in ids.values()]
     print(f"  longest tokens: {' '.join(sorted(vocabulary, key=lambda t: (-len(t), t))[:10])}")
-    print(f"  most frequent: {' '.join(tokenizer.id_to_token(int(i)) for i in np.argsort(-n)[:10])}")
+    print(f"  most frequent: {' '.join(tokenizer.id_to_token(int(i)) for i in np.argsort(-n)[:10] if n[i])}")
     for text in dropped:
         print(f"  dropped by the filter: {text} ...")
     if counts.get("documents dropped by the filter", 0) > counts.get("documents", 0) / 5:
@@ -461,7 +467,9 @@ def tokenize(work, counts):
         write_tasks([(text, label) for _, text, label in held[n_val:] if label], work / "tasks", seed)
     else:
         cutoff, total = held[n_val - 1][0], counts["characters"] - sum(map(len, texts[:n_val]))  # the others train
-    texts = read_spool(work / "spool", cutoff)
+    # of other sources beside "docs", what validation does not need trains
+    back = [text for _, text, label in held[n_val:] if not label and "docs" in sources]
+    texts = itertools.chain(read_spool(work / "spool", cutoff), back)
     return tokenizer, ids, *pack(work / "unordered", tokenizer, texts, ids, counts, filter_ratio, total)
 
 
@@ -481,8 +489,7 @@ def main(config):
         settings = json.loads(json.dumps(settings))
     except TypeError as e:
         sys.exit(f"prepare.py: sources hold something that config.json cannot: {e}; use strings and numbers")
-    if odd := [s for s in sources if not isinstance(s, (str, dict))]:
-        sys.exit(f"prepare.py: the source {odd[0]!r} is neither a path nor a dict for datasets.load_dataset")
+    check_sources(sources)
     if (folder / "meta.json").exists():
         old = json.loads((folder / "meta.json").read_text())["settings"]
         if changed := [f"{k} was {old.get(k)!r}, now {v!r}" for k, v in settings.items() if old.get(k) != v]:
@@ -495,11 +502,11 @@ def main(config):
     if os.path.lexists(folder):
         sys.exit(f"prepare.py: {folder} exists, but holds no prepared data; choose another dataset name, or remove it")
     work = Path(f"{folder}.tmp")
-    Path("data").mkdir(exist_ok=True)
-    # the text and its tokens at once; later the tokens, twice
-    if (need := 1.6 * expected_bytes()) > (free := shutil.disk_usage("data").free):
-        sys.exit(f"prepare.py: {need / 1e9:.1f} GB of disk are needed, {free / 1e9:.1f} GB are free; lower max_chars")
     try:
+        Path("data").mkdir(exist_ok=True)
+        # the text and its tokens at once, which a small vocabulary makes as large; later the tokens, twice
+        if (need := 2 * expected_bytes()) > (free := shutil.disk_usage("data").free):
+            sys.exit(f"prepare.py: {need / 1e9:.1f} GB of disk are needed, {free / 1e9:.1f} GB are free; lower max_chars")
         shutil.rmtree(work, ignore_errors=True)  # what a killed run left
         work.mkdir(parents=True)
         build(work, config, settings)

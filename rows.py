@@ -15,8 +15,14 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-CHUNK = 65536  # rows that are worked on at a time
+CHUNK = 1 << 23  # tokens that are worked on at a time
 BUCKET = 1 << 28  # bytes of rows that are put in order at a time
+
+
+def chunks(rows):
+    """Slices of `rows` (n, seq_len) of about CHUNK tokens."""
+    size = max(CHUNK // rows.shape[1], 1)
+    return [slice(i, i + size) for i in range(0, len(rows), size)]
 
 
 def n_ids(tokenizer):
@@ -45,7 +51,8 @@ def window_hashes(tokens, n):
 def repeated(tokens, n, sep):
     """(len(tokens),) bool: the tokens in a later occurrence of a run of n or more, runs that hold a <sep> apart.
 
-    Equal hashes only suggest a repeat; each is then compared token by token.
+    Later is what begins behind the end of the first occurrence. Equal hashes only suggest a repeat; each is then compared
+    token by token.
     """
     mark = np.zeros(len(tokens), bool)
     if len(tokens) <= n:
@@ -54,25 +61,27 @@ def repeated(tokens, n, sep):
     for i in range(0, len(hashes), 1 << 24):
         part = window_hashes(tokens[i : i + (1 << 24) + n - 1], n)
         hashes[i : i + len(part)] = part
-    seps = np.concatenate([[0], np.cumsum(tokens == sep, dtype=np.uint32)])
-    whole = seps[n:] == seps[: len(hashes)]
-    for top in range(16):  # a sixteenth at a time, by the first bits of the hash
-        starts = np.flatnonzero(whole & (hashes >> np.uint64(60) == top))
+    seps = np.zeros(len(tokens) + 1, np.uint32)
+    np.cumsum(tokens == sep, out=seps[1:])
+    part = np.where(seps[n:] == seps[: len(hashes)], hashes >> np.uint64(60), 16).astype(np.uint8)
+    del seps
+    for sixteenth in range(16):
+        starts = np.flatnonzero(part == sixteenth)
         starts = starts[np.argsort(hashes[starts], kind="stable")]
-        later, before = starts[1:], starts[:-1]
-        same = hashes[later] == hashes[before]
-        later, before = later[same], before[same]
+        h = hashes[starts]
+        new = np.concatenate([[True], h[1:] != h[:-1]])[: len(h)]
+        first = starts[np.maximum.accumulate(np.where(new, np.arange(len(h)), 0))] if len(h) else starts
+        later, first = starts[~new], first[~new]
         equal = np.ones(len(later), bool)
         for k in range(n):
-            equal &= tokens[later + k] == tokens[before + k]
+            equal &= tokens[later + k] == tokens[first + k]
+        repeat = later[equal & (later >= first + n)]
         for k in range(n):
-            mark[later[equal] + k] = True
-        for h in np.unique(hashes[later[~equal]]):  # different runs with one hash, mixed: one by one
-            seen = set()
-            for i in starts[hashes[starts] == h]:
-                run = tokens[i : i + n].tobytes()
-                mark[i : i + n] |= run in seen
-                seen.add(run)
+            mark[repeat + k] = True
+        for h in np.unique(hashes[later[~equal]]):  # different runs with one hash: one by one
+            seen = {}
+            for i in starts[hashes[starts] == h].tolist():
+                mark[i : i + n] |= i >= seen.setdefault(tokens[i : i + n].tobytes(), i) + n
     return mark
 
 
@@ -85,7 +94,7 @@ def available_memory():
 def deduplicate(path, n, seq_len, sep, counts):
     """Rewrites the rows of `path` without the repeats of runs of n tokens. Returns their number."""
     n_tokens = os.path.getsize(path) // 2
-    if (need := 24 * n_tokens) > available_memory():
+    if (need := 40 * n_tokens) > available_memory():
         sys.exit(
             f"prepare.py: dedup_tokens needs about {need / 1e9:.1f} GB of memory, {available_memory() / 1e9:.1f} GB are free; "
             "set dedup_tokens = 0 or max_chars"
@@ -118,43 +127,45 @@ def order_table(rows, order, tokenizer, sep):
         return np.array([len(t) - 2 if t.startswith("##") else len(t) + space for t in tokens], float)
     if order in ("unigram", "reverse_unigram"):  # rarest tokens first, or last; add-one smoothing [repo]
         n = np.ones(size)
-        for i in range(0, len(rows), CHUNK):
-            n += np.bincount(rows[i : i + CHUNK].ravel(), minlength=size)
+        for part in chunks(rows):
+            n += np.bincount(rows[part].ravel(), minlength=size)
         return np.log2(n / n.sum()) * (1 if order == "unigram" else -1)
     return None
 
 
 def training_order(rows, table, seed):
-    """(number of rows,) int64: the order of the rows by their key, smallest first, ties and all else shuffled."""
-    key = np.random.default_rng(seed).integers(1 << 32, size=len(rows), dtype=np.uint64)
+    """(number of rows,) uint32: the order of the rows by their key, smallest first, ties and all else shuffled."""
+    order = np.arange(len(rows), dtype=np.uint32)
+    np.random.default_rng(seed).shuffle(order)
     if table is not None:
-        sums = np.empty(len(rows), np.float32)
-        for i in range(0, len(rows), CHUNK):
-            sums[i : i + CHUNK] = table[rows[i : i + CHUNK]].sum(1)
-        if np.ptp(sums) == 0 and len(sums) > 1:
+        keys = np.empty(len(rows), np.float32)
+        for part in chunks(rows):
+            keys[part] = table[rows[part]].sum(1)
+        if np.ptp(keys) == 0 and len(keys) > 1:
             sys.exit("prepare.py: the `order` does not tell the rows apart; are its tokens in them? See insert_sep")
-        bits = (sums + np.float32(0)).view(np.int32)  # + 0 turns -0 into 0
-        bits ^= (bits >> 31) & 0x7FFFFFFF  # integers in the order of the floats
-        key |= (bits.astype(np.int64) + (1 << 31)).astype(np.uint64) << np.uint64(32)
-    return np.argsort(key)
+        keys = keys[order]
+        order = order[np.argsort(keys, kind="stable")]
+    return order
 
 
-def write_ordered(rows, permutation, path):
-    """Writes rows[permutation], by sequential reads and writes alone: first into buckets that fit into memory.
+def write_ordered(rows, order, path):
+    """Writes rows[order], by sequential reads and writes alone: first into buckets that fit into memory.
 
     Returns (sha256, how often each token occurs).
     """
-    rank = np.full(len(rows), -1, np.int64)
-    rank[permutation] = np.arange(len(permutation))
+    nowhere = np.iinfo(np.uint32).max
+    place = np.full(len(rows), nowhere, np.uint32)  # of each row in the file
+    for i in range(0, len(order), 1 << 20):
+        place[order[i : i + (1 << 20)]] = np.arange(i, min(i + (1 << 20), len(order)))
     width, per_bucket = rows.shape[1], max(BUCKET // (2 * rows.shape[1]), 1)
-    buckets = [path.with_name(f"bucket{i}") for i in range(-(-len(permutation) // per_bucket))]
+    buckets = [path.with_name(f"bucket{i}") for i in range(-(-len(order) // per_bucket))]
     files = [open(b, "wb") for b in buckets]
-    for i in tqdm(range(0, len(rows), CHUNK), "sorting", unit=f" x {CHUNK} rows", disable=None):
-        to = rank[i : i + CHUNK]
-        for b in np.unique(to[to >= 0] // per_bucket):
-            pick = to // per_bucket == b
-            place = (to[pick] - b * per_bucket).astype(np.uint32)  # travels in front of its row, as two uint16
-            np.concatenate([place.view(np.uint16).reshape(-1, 2), rows[i : i + CHUNK][pick]], axis=1).tofile(files[b])
+    for part in tqdm(chunks(rows), "sorting", unit=f" x {CHUNK} tokens", disable=None):
+        block, to = rows[part], place[part]
+        for b in np.unique(to[to != nowhere] // per_bucket):
+            pick = (to // per_bucket == b) & (to != nowhere)
+            inside = to[pick] - np.uint32(b * per_bucket)  # travels in front of its row, as two uint16
+            np.concatenate([inside.view(np.uint16).reshape(-1, 2), block[pick]], axis=1).tofile(files[b])
     sha, n = hashlib.sha256(), np.zeros(65536, np.int64)
     with open(path, "wb") as f:
         for bucket, file in tqdm(zip(buckets, files), "writing", len(buckets), unit=" buckets", disable=None):
@@ -162,8 +173,10 @@ def write_ordered(rows, permutation, path):
             data = np.fromfile(bucket, np.uint16).reshape(-1, width + 2)
             block = np.empty((len(data), width), np.uint16)
             block[np.ascontiguousarray(data[:, :2]).view(np.uint32)[:, 0]] = data[:, 2:]
+            del data
             sha.update(block)
-            n += np.bincount(block.ravel(), minlength=65536)
+            for part in chunks(block):
+                n += np.bincount(block[part].ravel(), minlength=65536)
             block.tofile(f)
             os.remove(bucket)
     return sha.hexdigest(), n
@@ -191,15 +204,18 @@ def show_overlap(folder, glue):
         sys.exit(f"prepare.py: overlap = {glue!r} holds no GLUE (CoLA/dev.tsv and so on)")
     total, hits = Counter(), {str(file): set() for file in files}
     for file in files:
-        cells = {c for line in file.read_text(errors="replace").splitlines()[1:] for c in line.split("\t") if " " in c}
-        for cell, encoding in zip(cells, tokenizer.encode_batch_fast(list(cells), add_special_tokens=False)):
+        header, *lines = (line.split("\t") for line in file.read_text(errors="replace").splitlines())
+        columns = [i for i, name in enumerate(header) if re.fullmatch(r"sentence[12]?|question[12]?|#[12] String", name)]
+        lines += [header] * (not columns)  # CoLA has no header
+        cells = sorted({line[i] for line in lines for i in columns or [3] if i < len(line)})
+        for cell, encoding in zip(cells, tokenizer.encode_batch_fast(cells, add_special_tokens=False)):
             if len(encoding.ids) >= 8:
                 total[str(file)] += 1
                 ids = np.array(encoding.ids, np.uint16)
                 starts.setdefault(int(window_hashes(ids[:8], 8)[0]), []).append((str(file), cell, ids))
     wanted = np.array(sorted(starts), np.uint64)
-    for i in tqdm(range(0, len(rows), CHUNK // 4), "searching", disable=None):
-        block = np.array(rows[i : i + CHUNK // 4])
+    for part in tqdm(chunks(rows), "searching", disable=None):
+        block = np.array(rows[part])
         found = window_hashes(block.ravel(), 8)
         for at in np.flatnonzero(np.isin(found, wanted)):
             row = block[at // block.shape[1]]

@@ -1,48 +1,74 @@
 """Documents of any source: files, folders and globs of txt, jsonl, csv, parquet (.gz, .zst), data sets on the hub, "docs".
 
-Local txt and jsonl are read by the few lines here, since a bad row must not stop a run; all else goes through `datasets`.
+Local txt, jsonl and csv are read by the few lines here, since a bad row must not stop a run; all else goes through `datasets`.
 """
 
+import csv
 import glob
 import gzip
 import io
 import json
 import os
 import random
+import shutil
 import sys
+import tempfile
 import zlib
 
 from package_docs import package_documents
 
 SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 KNOWN = tuple(suffix + z for suffix in SUFFIXES for z in ("", ".gz", ".zst"))
+TORN = (EOFError, gzip.BadGzipFile, zlib.error)  # what reading a truncated file raises
 BUFFER = 1000  # documents that a stream is shuffled through; a thousand books fit into memory
 
 
-def read_documents(source, seed, txt_document, counts):
-    """(document, label) of one entry of `sources`; the label is the package for "docs", and empty elsewhere.
+def check_sources(sources):
+    """The entries as dicts. SystemExit, one line, for one that cannot be meant."""
+    entries = []
+    for source in sources:
+        entry = {"files": source} if isinstance(source, str) else source
+        if not isinstance(entry, dict) or not isinstance(entry.get("files", entry.get("path")), str):
+            sys.exit(
+                f"prepare.py: the source {source!r} is neither a path nor a dict with `files`, or with `path` for the hub"
+            )
+        weight, where = entry.get("weight", 1), entry.get("where", {})
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not weight > 0:
+            sys.exit(f"prepare.py: the weight {weight!r} of a source is no positive number")
+        if not isinstance(where, dict) or not all(isinstance(allowed, list) for allowed in where.values()):
+            sys.exit(f"prepare.py: where = {where!r} of a source is no dict of column: [allowed values]")
+        if "files" in entry and (odd := entry.keys() - {"files", "column", "weight", "where"}):
+            sys.exit(f"prepare.py: a source with `files` has no {min(odd)!r}; it has column, weight, where")
+        entries.append(entry)
+    return entries
+
+
+def read_documents(entry, seed, txt_document, counts):
+    """(document, label) of one entry of check_sources; the label is the package for "docs", and empty elsewhere.
 
     A document is what stands in the column: a text, or the token ids of a tokenized row. Bad rows are counted, a bad
     source ends the process with one line.
     """
-    if source == "docs":
+    if entry.get("files") == "docs":
         yield from package_documents()
         return
-    entry = {"files": source} if isinstance(source, str) else dict(source)
-    column, where = entry.pop("column", "text"), entry.pop("where", {})
-    entry.pop("weight", None)
-    found = False
-    for row in local_rows(entry["files"], seed, txt_document, counts) if "files" in entry else hub_rows(entry, seed):
-        if isinstance(row, dict) and column not in row and not found:
-            name = entry.get("files", entry.get("path"))
-            sys.exit(f"prepare.py: {name} has no column {column!r}; its columns: {', '.join(row)}")
-        found = True
+    name, column, where = entry.get("files", entry.get("path")), entry.get("column", "text"), entry.get("where", {})
+    hub = {k: v for k, v in entry.items() if k not in ("column", "weight", "where")}
+    found, without = False, []
+    for row in local_rows(name, seed, txt_document, counts) if "files" in entry else hub_rows(hub, seed):
         if not isinstance(row, dict) or column not in row:
             counts["rows without text"] += 1
-        elif all(nested(row, name) in allowed for name, allowed in where.items()):
+            without += [row] * (isinstance(row, dict) and not found)
+            if len(without) == 1000:
+                break
+            continue
+        found = True
+        if all(nested(row, key) in allowed for key, allowed in where.items()):
             yield row[column], ""
         else:
             counts["rows that `where` leaves out"] += 1
+    if without and not found:
+        sys.exit(f"prepare.py: {name} has no column {column!r}; its columns: {', '.join(without[0])}")
 
 
 def nested(row, name):
@@ -56,12 +82,21 @@ def local_rows(source, seed, txt_document, counts):
     for path in local_files(source, seed):
         plain = path.removesuffix(".gz").removesuffix(".zst")
         try:
-            if plain.endswith((".csv", ".parquet")):
-                yield from hub_rows({"path": plain.rpartition(".")[2], "data_files": path}, seed)
-            else:
-                with open_text(path) as f:
+            if plain.endswith(".parquet"):
+                with tempfile.NamedTemporaryFile(suffix=".parquet") as whole:
+                    if plain != path:
+                        shutil.copyfileobj(open_bytes(path), whole)
+                        whole.flush()
+                    file = glob.escape(whole.name if plain != path else path)
+                    yield from hub_rows({"path": "parquet", "data_files": file}, seed)
+                continue
+            with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", errors="replace", newline="") as f:
+                if plain.endswith(".csv"):
+                    csv.field_size_limit(10**9)
+                    yield from csv.DictReader(line.replace("\0", "") for line in f)
+                else:
                     yield from json_lines(f, counts) if plain.endswith(".jsonl") else txt_documents(f, txt_document)
-        except (EOFError, gzip.BadGzipFile, zlib.error):
+        except TORN:
             counts["truncated files"] += 1
             print(f"prepare.py: warning: {path} is truncated or damaged; what could be read of it is used")
 
@@ -70,11 +105,16 @@ def local_files(source, seed=0):
     """The files of a path or glob, in an order shuffled by the seed."""
     source = os.path.expanduser(source)
     if os.path.isdir(source):
-        files = []
-        for folder, _, names in os.walk(source, onerror=unreadable, followlinks=True):
-            files += [os.path.join(folder, name) for name in names if name.endswith(KNOWN)]
+        files, seen = [], set()
+        for folder, folders, names in os.walk(source, onerror=unreadable, followlinks=True):
+            if os.path.realpath(folder) in seen:  # a link back up
+                folders.clear()
+                continue
+            seen.add(os.path.realpath(folder))
+            files += [path for name in names if name.endswith(KNOWN) and os.path.isfile(path := os.path.join(folder, name))]
     else:
-        files = [source] if os.path.isfile(source) else [p for p in glob.glob(source, recursive=True) if os.path.isfile(p)]
+        found = [source] if os.path.isfile(source) else sorted(glob.glob(source, recursive=True))
+        files = list({os.path.realpath(path): path for path in found if os.path.isfile(path)}.values())  # ** follows loops
     if not files:
         sys.exit(f"prepare.py: the source {source!r} is no file, folder or glob that holds any of {', '.join(KNOWN)}")
     if odd := [p for p in files if not p.endswith(KNOWN)]:
@@ -88,18 +128,16 @@ def unreadable(error):
     sys.exit(f"prepare.py: {error.filename} cannot be read: {error.strerror}")
 
 
-def open_text(path):
+def open_bytes(path):
     if path.endswith(".gz"):
-        raw = gzip.open(path)
-    elif path.endswith(".zst"):
+        return gzip.open(path)
+    if path.endswith(".zst"):
         try:
             import zstandard  # noqa: F401
         except ImportError:
             sys.exit(f"prepare.py: {path} needs `pip install zstandard`")
-        raw = io.BufferedReader(Zst(path), 1 << 20)
-    else:
-        raw = open(path, "rb")
-    return io.TextIOWrapper(raw, encoding="utf-8-sig", errors="replace")
+        return io.BufferedReader(Zst(path), 1 << 20)
+    return open(path, "rb")
 
 
 class Zst(io.RawIOBase):
@@ -139,16 +177,18 @@ class Zst(io.RawIOBase):
 def txt_documents(lines, txt_document):
     """Documents of a text file: up to a blank line, a line each, or the whole file; cut at a million characters."""
     document, size = [], 0
-    for line in lines:
-        ends = txt_document == "line" or (txt_document == "blank_line" and not line.strip()) or size > 1_000_000
-        if document and ends:
+    try:
+        for line in lines:
+            ends = txt_document == "line" or (txt_document == "blank_line" and not line.strip()) or size > 1_000_000
+            if document and ends:
+                yield {"text": "".join(document)}
+                document, size = [], 0
+            if line.strip():
+                document.append(line)
+                size += len(line)
+    finally:  # also where the file is torn
+        if document and not isinstance(sys.exception(), GeneratorExit):
             yield {"text": "".join(document)}
-            document, size = [], 0
-        if line.strip():
-            document.append(line)
-            size += len(line)
-    if document:
-        yield {"text": "".join(document)}
 
 
 def json_lines(lines, counts):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -216,9 +217,14 @@ def test_all_local_kinds_of_files(run):
     with open(folder / "e.csv", "w", newline="") as f:
         csv.writer(f).writerows([["n", "text"], *([i, d] for i, d in enumerate(parts[3]))])
     (folder / "ignored.md").write_text("not a known kind")
+    with gzip.open(folder / "odd[1].csv.gz", "wb") as f:
+        f.write((folder / "e.csv").read_bytes().replace(b"bal", b"fal"))
+    (folder / "g.parquet.zst").write_bytes(zstandard.compress((folder / "d.parquet").read_bytes()))
+    (folder / "up").symlink_to("..")  # a loop
+    (folder / "lost.txt").symlink_to("nowhere")
     message, output = run("prepare.py", *TINY, "--sources=corpus")
     assert message is None, message
-    assert bins()[2]["counts"]["documents"] == sum(map(len, parts[:4])) + len(parts[1])
+    assert bins()[2]["counts"]["documents"] == len(parts[0]) + 2 * sum(map(len, parts[1:4]))
     assert run("prepare.py", *TINY, "--dataset=b", "--sources=corpus/**/*.jsonl*")[0] is None
     assert bins("b")[2]["counts"]["documents"] == 2 * len(parts[1])
 
@@ -237,7 +243,7 @@ def test_what_a_document_of_a_text_file_is(run, kind, documents):
 
 
 def documents_of(path, kind):
-    return sources.read_documents(path, 0, kind, prepare.Counter())
+    return sources.read_documents({"files": path}, 0, kind, prepare.Counter())
 
 
 def test_sources_in_proportion(run):
@@ -299,14 +305,13 @@ def test_tokenized_rows_go_straight_into_bins(run, tiny_data):
 
 
 def repeated_by_definition(tokens, n, sep):
-    mark, seen = [False] * len(tokens), set()
+    mark, seen = [False] * len(tokens), {}
     for i in range(len(tokens) - n + 1):
         run = tuple(tokens[i : i + n])
         if sep in run:
             continue
-        if run in seen:
+        if i >= seen.setdefault(run, i) + n:
             mark[i : i + n] = [True] * n
-        seen.add(run)
     return mark
 
 
@@ -345,8 +350,16 @@ def test_deduplication_of_a_corpus(run):
     n = len(tokenizer.encode(paragraph, add_special_tokens=False).ids)
     dropped = b["counts"]["tokens dropped as repeats"]
     assert 0.6 * 100 * n < dropped < 1.6 * 100 * n and len(train) - len(less) == pytest.approx(dropped / 32, abs=2)
-    message, _ = run("prepare.py", *TINY, "--dataset=c", "--dedup_tokens=24", "--max_chars=9_000_000_000_000")
-    assert "of disk are needed" in message
+
+
+def test_what_does_not_fit_is_refused_first(run, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(rows, "available_memory", lambda: 1000)
+        message, _ = run("prepare.py", *TINY, "--dedup_tokens=24")
+        assert "dedup_tokens needs about" in message and not Path("data/tiny").exists()
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    assert "0.0 GB of disk are needed" in run("prepare.py", *TINY)[0]
 
 
 @settings(max_examples=50, deadline=None)
@@ -442,6 +455,9 @@ def test_bad_rows_are_counted_and_the_rest_is_used(run):
     with gzip.open("whole.txt.gz", "wt") as f:
         f.write("\n\n".join(sentences(300, seed=1)))
     Path("torn.txt.gz").write_bytes(Path("whole.txt.gz").read_bytes()[:-400])
+    whole = "".join(text for text, _ in documents_of("whole.txt.gz", "file"))
+    (torn,) = (text for text, _ in documents_of("torn.txt.gz", "file"))
+    assert whole.startswith(torn) and len(torn) > 0.9 * len(whole)
     message, output = run("prepare.py", *TINY, "--sources=a.jsonl,b.jsonl,c.txt,torn.txt.gz")
     assert message is None, message
     counts = bins()[2]["counts"]
@@ -492,6 +508,11 @@ def test_a_given_tokenizer_and_its_special_tokens(run):
         (["--vocab_size=5000"], "too small for vocab_size = 5000"),
         (["--sources=empty.txt"], "hold no text"),
         (["--sources=[1]"], "the source 1 is neither"),
+        (["--sources=[{'files': ['a']}]"], "is neither a path nor a dict"),
+        (["--sources=[{'files': 'text.txt', 'wieght': 3}]"], "has no 'wieght'"),
+        (["--sources=[{'files': 'text.txt', 'weight': 0}]"], "the weight 0 of a source"),
+        (["--sources=[{'files': 'text.txt', 'where': {'a': 'b'}}]"], "no dict of column: [allowed values]"),
+        (["--tokenizer_file=config/none/tokenizer.json"], "cannot be read"),
         (["--dataset=.."], "no plain name"),
         (["--order=fragment", "--insert_sep=False"], "does not tell the rows apart"),
         (["--val_rows=5000"], "too few to hold out val_rows = 5000"),
