@@ -490,6 +490,8 @@ def main(config):
     except TypeError as e:
         sys.exit(f"prepare.py: sources hold something that config.json cannot: {e}; use strings and numbers")
     check_sources(sources)
+    if (folder / "meta.json").exists() and (peek or overlap):
+        return look(folder)
     if (folder / "meta.json").exists():
         old = json.loads((folder / "meta.json").read_text())["settings"]
         if changed := [f"{k} was {old.get(k)!r}, now {v!r}" for k, v in settings.items() if old.get(k) != v]:
@@ -497,7 +499,6 @@ def main(config):
                 f"prepare.py: {folder} was prepared otherwise: {'; '.join(changed)}; choose another dataset name, or remove it"
             )
         print(f"{folder} is already prepared; remove it to start anew")
-        look(folder)
         return
     if os.path.lexists(folder):
         sys.exit(f"prepare.py: {folder} exists, but holds no prepared data; choose another dataset name, or remove it")
