@@ -272,6 +272,17 @@ def test_same_config_same_bytes(run, tiny_data):
     assert Path("out/a/model.pt").read_bytes() == Path("out/b/model.pt").read_bytes()
 
 
+def test_every_dtype_trains(run, tiny_data):
+    """fp16 with its loss scaler (which a CPU has too), and resumed in another dtype."""
+    for dtype in ("float32", "bfloat16", "float16"):
+        args = [*TINY, "--max_steps=40", f"--dtype={dtype}", f"--out_dir=out/{dtype}", "--checkpoint_minutes=0.0001"]
+        assert run("train.py", *args)[0] is None
+    plain, bf16, fp16 = (np.array([e["loss"] for e in log(d)]) for d in ("float32", "bfloat16", "float16"))
+    assert np.abs(bf16 - plain).max() < 0.05 and np.abs(fp16 - plain).max() < 0.05
+    assert torch.load("out/float16/ckpt.pt", weights_only=True)["scaler"]["scale"] > 1
+    assert not torch.load("out/bfloat16/ckpt.pt", weights_only=True)["scaler"]
+
+
 def test_compiled_and_eager_runs_agree(run, tiny_data):
     for name, compile in (("eager", False), ("compiled", True)):
         message, output = run("train.py", *TINY, "--max_steps=8", f"--out_dir=out/{name}", f"--compile={compile}")
