@@ -197,7 +197,7 @@ def bench_prepare(folder):
             data.map(group, batched=True, num_proc=2).shuffle(seed=0).save_to_disk(Path(home, f"usual{next(runs)}"))
 
         print(f"prepare: {size / 1e6:.0f} M characters")
-        times = take_turns({"tokenizers.encode_batch alone": raw, "prepare.py": ours, "datasets.map": usual}, repeats=3)
+        times = take_turns({"tokenizers.encode_batch alone": raw, "prepare.py": ours, "datasets.map": usual}, repeats=2)
         os.chdir(here)
     base = median(size / s for s in times["tokenizers.encode_batch alone"])
     for label, seconds in times.items():
