@@ -252,7 +252,7 @@ def with_template(tokenizer):
 
 def load_tokenizer(path):
     try:
-        if path.count("/") >= 2 and not os.path.exists(path.split("/")[0]):
+        if path.count("/") >= 2 and not os.path.exists(path.split("/")[0] or "/"):
             from huggingface_hub import hf_hub_download
 
             owner, name, inside = path.split("/", 2)

@@ -497,6 +497,8 @@ def test_a_given_tokenizer_and_its_special_tokens(run):
     there = np.arange(90)
     there[[4, 3, 0, moved["[MASK]"]]] = [moved["[MASK]"], 0, 3, 4]
     assert (bins("b")[0] == there[bins()[0]]).all()
+    message, _ = run("prepare.py", *TINY, "--dataset=d", f"--tokenizer_file={Path('bert.json').resolve()}")
+    assert message is None and bins("d")[2]["sha256"] == bins("b")[2]["sha256"]
     Path("bert.json").write_text(json.dumps(data).replace("[MASK]", "[OTHER]"))
     message, _ = run("prepare.py", *TINY, "--dataset=c", "--tokenizer_file=bert.json")
     assert "neither <mask> nor [MASK]" in message
