@@ -210,7 +210,7 @@ def bench_finetune():
     transformers = need_transformers()
     where, rng = train.pick_device("auto"), np.random.default_rng(0)
     ids = {"pad": 0, "cls": 2, "sep": 3}
-    rows = [[2, *rng.integers(5, 8192, max(int(n), 3)).tolist(), 3] for n in np.minimum(rng.gamma(3, 12, 800), 120)]
+    rows = [[2, *rng.integers(5, 8192, max(int(n), 3)).tolist(), 3] for n in np.minimum(rng.gamma(3, 12, 1600), 120)]
     lengths = np.array([len(r) for r in rows])
     bert = BERT(Config(vocab_size=8192, n_layer=4, n_embd=256, n_head=4, n_inner=1024, dropout=0.1)).to(where)
     bert.dtype = train.pick_dtype(where, "auto")
