@@ -133,6 +133,11 @@ def replace_file(path):
         raise
 
 
+def one_line(error):
+    """An exception as its type and the first line of its message."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
+
+
 def write_json(path, value):
     with replace_file(path) as f:
         f.write((json.dumps(value, indent=1) + "\n").encode())

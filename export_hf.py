@@ -15,7 +15,9 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, processors
 
+from configurator import one_line
 from model import BERT, Config
+from rows import special_token
 
 # ours: Hugging Face's, in BertForMaskedLM. Without a suffix: .weight and .bias. Three names make one fused layer.
 LAYER = "bert.encoder.layer.{i}."
@@ -66,6 +68,18 @@ def to_hf(state, n_layer):
     return out
 
 
+def load_run(run):
+    """(Config, weights, tokenizer) of a finished run. SystemExit, one line, where there is none or it is damaged."""
+    script = Path(sys.argv[0]).name
+    if not (run / "model.pt").exists():
+        sys.exit(f"{script}: {run / 'model.pt'} does not exist; run train.py first, or name the folder of a finished run")
+    try:
+        saved = torch.load(run / "model.pt", map_location="cpu", weights_only=True)  # can run no code
+        return Config(**saved["config"]), saved["model"], Tokenizer.from_file(str(run / "tokenizer.json"))
+    except Exception as e:
+        sys.exit(f"{script}: model.pt or tokenizer.json in {run} cannot be read: {one_line(e)}")
+
+
 def load_bert(source):
     """(Config, weights, tokenizer, pooler or None) of a folder, or of a hub id, that holds a Hugging Face BERT.
 
@@ -80,8 +94,7 @@ def load_bert(source):
             files = ["config.json", "tokenizer.json", "vocab.txt", "model.safetensors", "pytorch_model.bin"]
             folder = Path(snapshot_download(source, allow_patterns=files))
         except Exception as e:
-            reason = (str(e).strip() or "no reason given").splitlines()[0]
-            sys.exit(f"export_hf.py: {source!r} is no folder, and the hub gives {type(e).__name__}: {reason}")
+            sys.exit(f"export_hf.py: {source!r} is no folder, and the hub gives {one_line(e)}")
     try:
         c = json.loads((folder / "config.json").read_text())
         kinds = c["model_type"], c.get("hidden_act", "gelu"), c.get("position_embedding_type", "absolute")
@@ -208,23 +221,22 @@ def export(run, to, task=None):
     except ImportError:
         sys.exit("export_hf.py: needs `pip install safetensors`")
     run, to = Path(run), Path(to)
-    source = run / "classifiers" / f"{task}.pt" if task else run / "model.pt"
-    if not source.exists():
-        how = "finetune_glue.py with --glue_save=True writes it" if task else "name the folder of a finished run"
-        sys.exit(f"export_hf.py: {source} does not exist; {how}")
     if to.exists() and any(to.iterdir()):
         sys.exit(f"export_hf.py: {to} exists and is not empty; choose another folder")
-    try:
-        saved = torch.load(source, map_location="cpu", weights_only=True)
-        config, weights = Config(**saved["config"]), saved["model"]
-        tokenizer = Tokenizer.from_str(saved["tokenizer"] if task else (run / "tokenizer.json").read_text())
-    except Exception as e:
-        reason = (str(e).strip() or "no reason given").splitlines()[0]
-        sys.exit(f"export_hf.py: {source} or its tokenizer cannot be read: {type(e).__name__}: {reason}")
+    if task:
+        source = run / "classifiers" / f"{task}.pt"
+        if not source.exists():
+            sys.exit(f"export_hf.py: {source} does not exist; finetune_glue.py with --glue_save=True writes it")
+        try:
+            saved = torch.load(source, map_location="cpu", weights_only=True)
+            config, weights, tokenizer = Config(**saved["config"]), saved["model"], Tokenizer.from_str(saved["tokenizer"])
+        except Exception as e:
+            sys.exit(f"export_hf.py: {source} cannot be read: {one_line(e)}")
+    else:
+        config, weights, tokenizer = load_run(run)
     special = {}
     for name in ("pad", "unk", "cls", "sep", "mask"):
-        token = f"<{name}>" if tokenizer.token_to_id(f"<{name}>") is not None else f"[{name.upper()}]"
-        special[f"{name}_token"] = token
+        special[f"{name}_token"] = special_token(tokenizer, name)
     aside = to.with_name(to.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)

@@ -9,26 +9,23 @@ import sys
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 
-from model import BERT, Config
+from configurator import one_line
+from export_hf import load_run
+from model import BERT
+from rows import special_token
 
 
 def load(run):
     """(model, tokenizer, name of the mask token) of a finished run. SystemExit, one line, if there is none."""
-    run = Path(run)
-    if not (run / "model.pt").exists():
-        sys.exit(f"fill_mask.py: {run / 'model.pt'} does not exist; name the folder of a finished run, as in out/demo")
+    config, weights, tokenizer = load_run(Path(run))
+    model = BERT(config).eval()
     try:
-        saved = torch.load(run / "model.pt", map_location="cpu", weights_only=True)
-        model = BERT(Config(**saved["config"])).eval()
-        model.load_state_dict(saved["model"])
-        tokenizer = Tokenizer.from_file(str(run / "tokenizer.json"))
-    except Exception as e:
-        reason = (str(e).strip() or "no reason given").splitlines()[0]
-        sys.exit(f"fill_mask.py: {run} cannot be read: {type(e).__name__}: {reason}")
+        model.load_state_dict(weights)
+    except RuntimeError as e:
+        sys.exit(f"fill_mask.py: {run} cannot be read: {one_line(e)}")
     tokenizer.encode_special_tokens = False
-    return model, tokenizer, next(n for n in ("<mask>", "[MASK]") if tokenizer.token_to_id(n) is not None)
+    return model, tokenizer, special_token(tokenizer, "mask")
 
 
 def fill_mask(model, tokenizer, mask, text, top=5):

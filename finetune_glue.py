@@ -22,12 +22,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import stats
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from configurator import configure, replace_file, write_json
-from export_hf import load_bert
-from model import BERT, Classifier, Config
+from configurator import configure, one_line, replace_file, write_json
+from export_hf import load_bert, load_run
+from model import BERT, Classifier
+from rows import n_ids, special_token
 from train import pick_device, pick_dtype, torch_save
 
 out_dir = "out/demo"  # folder of the run
@@ -179,10 +179,7 @@ def hub_examples(name, split, columns, labels, label):
     try:
         data = datasets.load_dataset("nyu-mll/glue", name, split=split)
     except Exception as e:
-        reason = (str(e).strip() or "no reason given").splitlines()[0]
-        sys.exit(
-            f"finetune_glue.py: cannot load nyu-mll/glue: {type(e).__name__}: {reason}; --glue_dir=FOLDER reads a local copy"
-        )
+        sys.exit(f"finetune_glue.py: cannot load nyu-mll/glue: {one_line(e)}; --glue_dir=FOLDER reads a local copy")
     texts = [data[c] for c in columns]
     targets = [(labels[y] if labels else y) if label else None for y in data["label"]]
     return list(zip(texts[0], texts[1] if len(texts) == 2 else [None] * len(texts[0]), targets))
@@ -482,30 +479,18 @@ def write_card(out, card):
 
 def load_start(out):
     """(Config, weights, tokenizer, special ids, pretrained pooler or None) of the run, or of a Hugging Face BERT."""
-    pooler = None
-    try:
-        if glue_init not in ("run", "scratch"):
-            model_config, weights, tokenizer, pooler = load_bert(glue_init)
-            model_config = replace(model_config, dropout=glue_dropout)
-        else:
-            saved = torch.load(out / "model.pt", map_location="cpu", weights_only=True)  # can run no code
-            model_config, weights = Config(**saved["config"] | {"dropout": glue_dropout}), saved["model"]
-            tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
-    except FileNotFoundError:
-        sys.exit(f"finetune_glue.py: {out / 'model.pt'} does not exist; run train.py with the same config first")
-    except Exception as e:
-        reason = (str(e).strip() or "no reason given").splitlines()[0]
-        sys.exit(f"finetune_glue.py: model.pt or tokenizer.json in {out} cannot be read: {type(e).__name__}: {reason}")
-    sizes = max(tokenizer.get_vocab().values()) + 1, model_config.vocab_size
+    if glue_init in ("run", "scratch"):
+        (model_config, weights, tokenizer), pooler = load_run(out), None
+    else:
+        model_config, weights, tokenizer, pooler = load_bert(glue_init)
+    model_config = replace(model_config, dropout=glue_dropout)
+    sizes = n_ids(tokenizer), model_config.vocab_size
     if sizes[0] > sizes[1] or (sizes[0] < sizes[1] and glue_init in ("run", "scratch")):  # Hugging Face's may be padded
         sys.exit(f"finetune_glue.py: {out}: tokenizer.json has {sizes[0]} ids, but model.pt {sizes[1]}")
     tokenizer.encode_special_tokens = True  # "<mask>" in a text is text
     if glue_max_len > model_config.max_len:
         sys.exit(f"finetune_glue.py: glue_max_len = {glue_max_len} is over the model's max_len = {model_config.max_len}")
-    ids = {}
-    for name in ("pad", "cls", "sep"):
-        found = tokenizer.token_to_id(f"<{name}>")
-        ids[name] = tokenizer.token_to_id(f"[{name.upper()}]") if found is None else found
+    ids = {name: tokenizer.token_to_id(special_token(tokenizer, name)) for name in ("pad", "cls", "sep")}
     return model_config, weights, tokenizer, ids, pooler
 
 

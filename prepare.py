@@ -28,9 +28,9 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 
-from configurator import configure, write_json
+from configurator import configure, one_line, write_json
 from package_docs import TASK_CHARS, write_tasks
-from rows import deduplicate, n_ids, order_table, show_overlap, show_rows, training_order, write_ordered
+from rows import deduplicate, n_ids, order_table, show_overlap, show_rows, special_token, training_order, write_ordered
 from sources import check_sources, local_files, read_documents
 
 dataset = "demo"  # name of the corpus: the bins are written to data/<dataset>
@@ -259,8 +259,7 @@ def load_tokenizer(path):
             path = hf_hub_download(f"{owner}/{name}", inside, repo_type="dataset")
         tokenizer = Tokenizer.from_file(path)
     except Exception as e:  # tokenizers raises nothing more special
-        reason = (str(e).strip() or "no reason given").splitlines()[0]
-        sys.exit(f"prepare.py: tokenizer_file = {tokenizer_file!r} cannot be read: {type(e).__name__}: {reason}")
+        sys.exit(f"prepare.py: tokenizer_file = {tokenizer_file!r} cannot be read: {one_line(e)}")
     if n_ids(tokenizer) > 65536:
         sys.exit(f"prepare.py: {path} has {n_ids(tokenizer):,} ids; those over 65,535 do not fit into uint16")
     tokenizer.no_truncation()
@@ -269,14 +268,13 @@ def load_tokenizer(path):
 
 
 def special_ids(tokenizer):
-    """{pad, unk, cls, sep, mask: id}, found by the names that the paper (<mask>) or BERT ([MASK]) gives them."""
+    """{pad, unk, cls, sep, mask: id}."""
     ids = {}
-    for token in SPECIAL_TOKENS:
-        name = token[1:-1]
-        found = [i for t in (token, f"[{name.upper()}]") if (i := tokenizer.token_to_id(t)) is not None]
-        if not found:
-            sys.exit(f"prepare.py: the tokenizer {tokenizer_file!r} has neither {token} nor [{name.upper()}]")
-        ids[name] = found[0]
+    for name in ("pad", "unk", "cls", "sep", "mask"):
+        token = special_token(tokenizer, name)
+        if token is None:
+            sys.exit(f"prepare.py: the tokenizer {tokenizer_file!r} has neither <{name}> nor [{name.upper()}]")
+        ids[name] = tokenizer.token_to_id(token)
     return ids
 
 

@@ -25,6 +25,11 @@ def chunks(rows):
     return [slice(i, i + size) for i in range(0, len(rows), size)]
 
 
+def special_token(tokenizer, name):
+    """What the tokenizer calls its pad, unk, cls, sep or mask: <mask> as the paper, or [MASK] as BERT; None if neither."""
+    return next((t for t in (f"<{name}>", f"[{name.upper()}]") if tokenizer.token_to_id(t) is not None), None)
+
+
 def n_ids(tokenizer):
     return max(tokenizer.get_vocab().values()) + 1  # a given vocabulary may have holes
 

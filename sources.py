@@ -15,6 +15,7 @@ import sys
 import tempfile
 import zlib
 
+from configurator import one_line
 from package_docs import package_documents
 
 SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
@@ -206,7 +207,6 @@ def hub_rows(entry, seed):
     try:
         yield from datasets.load_dataset(**{"split": "train", **entry}, streaming=True).shuffle(seed=seed, buffer_size=BUFFER)
     except Exception as e:
-        reason = (str(e).strip() or "no reason given").splitlines()[0]
         hint = "" if "data_files" in entry else "; is the hub reachable, is the name right, is it gated (`hf auth login`)?"
         name = entry.get("data_files", entry.get("path"))
-        sys.exit(f"prepare.py: cannot read {name}: {type(e).__name__}: {reason}{hint}")
+        sys.exit(f"prepare.py: cannot read {name}: {one_line(e)}{hint}")

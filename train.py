@@ -25,7 +25,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from configurator import configure, replace_file, write_json
+from configurator import configure, one_line, replace_file, write_json
 from model import BERT, Config, flops_per_token
 
 out_dir = "out/demo"  # folder of the run
@@ -247,8 +247,7 @@ def compiled(model, scale, *batch):
         raise
     except Exception as e:
         model.zero_grad(set_to_none=True)
-        reason = (str(e).strip() or "no reason given").splitlines()[0]
-        print(f"train.py: warning: torch.compile does not work here, going on without: {type(e).__name__}: {reason}")
+        print(f"train.py: warning: torch.compile does not work here, going on without: {one_line(e)}")
         return model
     # in thirds, so that queries, keys and values count one by one; in fp16 the first scales overflow
     pairs = [(a, b) for a, b in zip(*gradients) if b.isfinite().all()]
@@ -304,8 +303,7 @@ def load_checkpoint(path, config):
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         old, _ = ckpt["config"], [ckpt[k] for k in "model optimizer scaler step tokens rows elapsed torch".split()]
     except Exception as e:
-        reason = (str(e).strip() or "no reason given").splitlines()[0]
-        sys.exit(f"train.py: {path} cannot be read: {type(e).__name__}: {reason}; remove it, or --resume=never starts anew")
+        sys.exit(f"train.py: {path} cannot be read: {one_line(e)}; remove it, or --resume=never starts anew")
     if changed := [f"{k} was {v!r}, now {config.get(k)!r}" for k, v in old.items() if config.get(k) != v]:
         sys.exit(f"train.py: {path} is of another experiment: {'; '.join(changed)}; choose another out_dir, or --resume=never")
     return ckpt
