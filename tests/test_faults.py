@@ -4,12 +4,13 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, start
+from conftest import ROOT, TINY
 from test_train import log, weights
 
 KILLS = 10
@@ -19,34 +20,34 @@ KILLS = 10
 @pytest.mark.parametrize(
     "phase, settings",
     [
-        ("training", ["--checkpoint_minutes=0.03", "--eval_minutes=0.1"]),
+        ("training", ["--checkpoint_minutes=0.004", "--eval_minutes=9.0"]),
         ("checkpoints", ["--checkpoint_minutes=0.00001", "--eval_minutes=9.0"]),
-        ("evaluation", ["--checkpoint_minutes=0.03", "--eval_minutes=0.00001"]),
+        ("evaluation", ["--checkpoint_minutes=0.004", "--eval_minutes=0.00001"]),
     ],
 )
 def test_kill_9_at_random_moments_loses_nothing(run, tiny_data, home, phase, settings):
     """In a run that mostly trains, saves, or evaluates: the final weights and log are those of an undisturbed run."""
-    rng, args = random.Random(phase), [*TINY, "--max_steps=600", "--dropout=0.1"]
+    rng, args = random.Random(phase), [*TINY, "--max_steps=2000", "--dropout=0.1"]
     assert run("train.py", *args, "--out_dir=out/whole", "--checkpoint_minutes=9.0", "--eval_minutes=9.0")[0] is None
     kills = torn = 0
     while kills < KILLS:
-        process = start("train.py", *args, *settings, cwd=home)
-        while not Path("out/tiny/log.jsonl").exists() and process.poll() is None:
-            time.sleep(0.01)
-        time.sleep(rng.uniform(2.0, 8.0))
-        if process.poll() is not None:
-            break
+        path = Path("out/tiny/log.jsonl")
+        old = path.stat().st_ino if path.exists() else None
+        process = subprocess.Popen([sys.executable, ROOT / "train.py", *args, *settings], stdout=subprocess.DEVNULL)
+        while not path.exists() or path.stat().st_ino == old:  # until this part has cut the log of the one before
+            assert process.poll() is None
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0.0, 0.8))
+        assert process.poll() is None, "the run ended before all kills"
         process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.wait()
         kills += 1
         torn += Path("out/tiny/ckpt.pt.tmp").exists()
         shutil.rmtree("copy", ignore_errors=True)
         shutil.copytree("out/tiny", "copy")
         if Path("copy/ckpt.pt").exists():
             torch.load("copy/ckpt.pt", weights_only=True)
-    if not Path("out/tiny/model.pt").exists():
-        process = start("train.py", *args, *settings, cwd=home)
-        assert process.wait() == 0
+    assert run("train.py", *args, *settings)[0] is None
     print(f"{phase}: {kills} kills, {torn} of them while a checkpoint was written")
     a, b = weights("whole"), weights()
     assert all(torch.equal(a[k], b[k]) for k in a)
