@@ -70,7 +70,7 @@ def our_step(shape, where, compile):
     config = Config(vocab_size=vocab, n_layer=n_layer, n_embd=width, n_head=heads, n_inner=4 * width, max_len=SEQ_LEN)
     model = BERT(config).to(where)
     model.dtype = train.pick_dtype(where, "auto")
-    opt, data = train.make_optimizer(model), np.random.default_rng(0).integers(5, vocab, (1000, SEQ_LEN)).astype(np.uint16)
+    opts, data = train.make_optimizers(model), np.random.default_rng(0).integers(5, vocab, (1000, SEQ_LEN)).astype(np.uint16)
     count, parts, generator = train.n_masked(SEQ_LEN, train.mask_rate), {}, torch.Generator(where).manual_seed(0)
     forward = torch.compile(model, dynamic=False) if compile else model
 
@@ -85,8 +85,9 @@ def our_step(shape, where, compile):
         synchronize(where)
         times.append(time.monotonic())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        opt.step()
-        opt.zero_grad(set_to_none=True)
+        for opt in opts:
+            opt.step()
+        model.zero_grad(set_to_none=True)
         synchronize(where)
         times.append(time.monotonic())
         for name, a, b in zip(("data and masks", "forward and backward", "clip and AdamW"), times, times[1:]):

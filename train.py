@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from tqdm import tqdm
 
 from configurator import configure, one_line, replace_file, write_json
 from model import BERT, Config, flops_per_token
+from muon import Muon
 
 out_dir = "out/demo"  # folder of the run
 dataset = "demo"  # corpus: data/<dataset>, as prepare.py wrote it
@@ -35,6 +37,7 @@ budget_hours = 24.0  # (0, inf) hours of wall clock from the first step on, comp
 max_steps = 0  # [0, inf) steps; 0 = the clock decides, else the clock is ignored
 seed = 1337  # [0, inf) seed of the weights and of the masks
 mask_rate = 0.25  # (0, 1) share of a row's positions to predict
+mask_rate_end = 0.0  # [0, 1) share to which mask_rate moves in a line with progress, 0 = it stays
 mask_80_10_10 = True  # of those 80 % become <mask>, 10 % a random token, 10 % stay; else all become <mask>
 batch_size = 8192  # [1, inf) rows a step, at the end of the ramp
 micro_batch_size = 128  # [1, inf) rows a forward pass; changes memory and speed, not the result
@@ -45,7 +48,7 @@ schedule = "triangle"  # {constant, linear, cosine, inverse_sqrt, triangle, trap
 warmup = 0.0  # [0, 1) share of progress with a linear warm-up; triangle and ramp have their own
 cooldown = 0.25  # (0, 1) share of progress in which inverse_sqrt, triangle, trapezoid and ramp fall to zero
 triangle_base = 0.25  # [0, 1] where the triangle begins, as a share of its peak
-optimizer = "adamw"  # {adamw, adam} adam has L2 decay in the gradient, as BERT had
+optimizer = "adamw"  # {adamw, adam, muon} adam has L2 decay in the gradient, as BERT had; muon is for the blocks' matrices
 weight_decay = 0.01  # [0, inf) decay of matrices and embeddings, none on norms, biases and scalars
 beta1 = 0.9  # [0, 1) Adam's decay of the first moment
 beta2 = 0.98  # [0, 1) Adam's decay of the second moment
@@ -107,20 +110,22 @@ def n_masked(seq_len, rate):
     return max(round(rate * seq_len), 1)
 
 
-def mask_tokens(ids, count, mask_id, vocab_size, generator, mix=True):
+def mask_tokens(ids, count, mask_id, vocab_size, generator, mix=True, room=0):
     """Masks exactly `count` positions of every row of ids (B, T); special tokens are not spared.
 
     Of those round(80 %) become mask_id, round(10 %) a random token of the whole vocabulary, the rest stay as they are;
-    without `mix` all become mask_id. Returns inputs (B, T), positions in the row (B, count), targets (B, count).
+    without `mix` all become mask_id. Returns inputs (B, T), positions in the row (B, count), targets (B, count); with
+    `room` > count as many positions, the last of them neither masked nor, with a target of -100, in the loss.
     """
     # topk sorts by the noise: the order of the positions is random, so the first ones are a random subset
-    positions = torch.rand(ids.shape, generator=generator, device=ids.device).topk(count, dim=1).indices
+    positions = torch.rand(ids.shape, generator=generator, device=ids.device).topk(max(count, room), dim=1).indices
     targets = ids.gather(1, positions)
     n_mask, n_random = (round(0.8 * count), round(0.1 * count)) if mix else (count, 0)
     fill = targets.clone()
     fill[:, :n_mask] = mask_id
     shape = (len(ids), n_random)
     fill[:, n_mask : n_mask + n_random] = torch.randint(vocab_size, shape, generator=generator, device=ids.device)
+    targets[:, count:] = -100
     return ids.scatter(1, positions, fill), positions, targets
 
 
@@ -260,14 +265,23 @@ def compiled(model, scale, *batch):
     return fast
 
 
-def make_optimizer(model):
-    """Matrices and embeddings decay; norms, biases and scalars do not (deviation: [repo] decays the position scalar)."""
-    groups = [
-        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[optimizer]
-    return kind(groups, lr=learning_rate, betas=(beta1, beta2), eps=adam_eps, fused=True)
+def make_optimizers(model):
+    """Matrices and embeddings decay; norms, biases and scalars do not (deviation: [repo] decays the position scalar).
+
+    With muon the blocks' matrices are Muon's: queries, keys and values, and the halves of a gated layer, each for itself.
+    """
+    matrices, adam, glu = defaultdict(list), {weight_decay: [], 0.0: []}, model.config.glu
+    for name, p in model.named_parameters():
+        if optimizer == "muon" and p.ndim == 2 and name.startswith("blocks."):
+            matrices[3 if "qkv" in name else 2 if "up" in name and glu else 1].append(p)
+        else:
+            adam[weight_decay if p.ndim >= 2 else 0.0].append(p)
+    kind = torch.optim.Adam if optimizer == "adam" else torch.optim.AdamW
+    groups = [{"params": params, "weight_decay": decay} for decay, params in adam.items()]
+    opts = [kind(groups, lr=learning_rate, betas=(beta1, beta2), eps=adam_eps, fused=True)]
+    if matrices:
+        opts.append(Muon([{"params": params, "parts": n} for n, params in matrices.items()], learning_rate, weight_decay))
+    return opts
 
 
 def out_of_memory(micro):
@@ -301,7 +315,7 @@ def load_checkpoint(path, config):
     """The checkpoint, on the CPU. SystemExit if it is damaged, or of another experiment."""
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        old, _ = ckpt["config"], [ckpt[k] for k in "model optimizer scaler step tokens rows elapsed torch".split()]
+        old, _ = ckpt["config"], [ckpt[k] for k in "model optimizers scaler step tokens rows elapsed torch".split()]
     except Exception as e:
         sys.exit(f"train.py: {path} cannot be read: {one_line(e)}; remove it, or --resume=never starts anew")
     if changed := [f"{k} was {v!r}, now {config.get(k)!r}" for k, v in old.items() if config.get(k) != v]:
@@ -398,7 +412,7 @@ def main(config):
     if seq_len > model.config.max_len:
         sys.exit(f"train.py: the rows have {seq_len} tokens, more than max_len = {model.config.max_len}")
     model.dtype = pick_dtype(where, dtype)
-    opt = make_optimizer(model)
+    opts = make_optimizers(model)
     scaler = torch.amp.GradScaler(where, enabled=model.dtype == torch.float16)
     if wandb_log and rank == 0:
         try:
@@ -410,7 +424,8 @@ def main(config):
 
     def restore(ckpt):
         model.load_state_dict(ckpt["model"])
-        opt.load_state_dict(ckpt["optimizer"])
+        for opt, saved in zip(opts, ckpt["optimizers"]):
+            opt.load_state_dict(saved)
         if ckpt["scaler"]:  # empty where that part of the run was not in fp16
             scaler.load_state_dict(ckpt["scaler"])
 
@@ -435,8 +450,8 @@ def main(config):
         write_json(out / "config.json", config)
     del ckpt
 
-    count = n_masked(seq_len, mask_rate)
-    flops = flops_per_token(model.config, seq_len, count)
+    rates = mask_rate, mask_rate_end or mask_rate
+    flops = flops_per_token(model.config, seq_len, n_masked(seq_len, sum(rates) / 2))
     peak, peak_name = peak_flops(where, model.dtype)
     exaflop = f", {peak * world * budget_hours * 3600 / 1e18:.3g} exaFLOP"
     budget = f"{max_steps:,} steps" if max_steps else f"{budget_hours:.3g} h{exaflop}"
@@ -525,13 +540,17 @@ def main(config):
         if rank == 0 and (done or (state["elapsed"] - last_eval >= 60 * eval_minutes and not stop_now)):
             val_loss, val_accuracy = evaluate(model, val_rows, mask_id, where)
             state["elapsed"] = last_eval = time.monotonic() - start
-            write_log(val_loss=val_loss, val_accuracy=val_accuracy)
+            write_log(val_loss=val_loss, val_accuracy=val_accuracy, flops=flops * state["tokens"])
 
         # save
         if save or done or stop_now:
             if rank == 0:
                 own = {k: v for k, v in config.items() if k not in FREE_KEYS}
-                parts = {"model": model.state_dict(), "optimizer": opt.state_dict(), "scaler": scaler.state_dict()}
+                parts = {
+                    "model": model.state_dict(),
+                    "optimizers": [opt.state_dict() for opt in opts],
+                    "scaler": scaler.state_dict(),
+                }
                 torch_save(out / "ckpt.pt", {**parts, **state, "config": own, "torch": str(torch.__version__)})
             last_checkpoint = state["elapsed"]
 
@@ -547,14 +566,16 @@ def main(config):
 
         # step
         lr = learning_rate * learning_rate_factor(progress)
-        for group in opt.param_groups:
+        for group in [group for opt in opts for group in opt.param_groups]:
             group["lr"] = lr
         rows = batch_rows(progress)
         ids = next_rows(train_rows, state["rows"], rows, where)
         # masks and dropout depend on seed and step alone: not on interruptions, nor masks on how the batch is split
         step_seed = int(np.random.SeedSequence([seed, state["step"]]).generate_state(1)[0])
+        count = n_masked(seq_len, rates[0] + (rates[1] - rates[0]) * progress)
+        room = n_masked(seq_len, max(rates))  # so that shapes stay what they were compiled for
         inputs, positions, targets = mask_tokens(
-            ids, count, mask_id, vocab_size, generator.manual_seed(step_seed), mask_80_10_10
+            ids, count, mask_id, vocab_size, generator.manual_seed(step_seed), mask_80_10_10, room
         )
         step_loss, first = torch.zeros((), device=where), rows // world * rank
         try:
@@ -575,20 +596,22 @@ def main(config):
                 raise
             reason = out_of_memory(micro)
         if reason and world == 1:  # do not let a large batch delay the checkpoint; this step is done again, from its start
-            opt.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)
             continue
         if world > 1:  # by hand, once a step: DDP would add hooks, a wrapper, and other names to save five lines
             for tensor in [step_loss, *(p.grad for p in model.parameters())]:
                 dist.all_reduce(tensor)
-        scaler.unscale_(opt)
+        for opt in opts:
+            scaler.unscale_(opt)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         bad = ~(step_loss.isfinite() & grad_norm.isfinite())
-        if not scaler.is_enabled():
-            opt.found_inf = bad.float()  # the fused step leaves itself out, as it does for a scaler
-        if where != "mps" or not bad:  # whose fused step ignores found_inf
-            scaler.step(opt)
+        for opt in opts:
+            if not scaler.is_enabled():
+                opt.found_inf = bad.float()  # the fused step leaves itself out, as it does for a scaler
+            if where != "mps" or not bad:  # whose fused step ignores found_inf
+                scaler.step(opt)
         scaler.update()
-        opt.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         loss_sum = loss_sum + step_loss.where(~bad, 0.0)
         skipped = skipped + bad
         streak = (streak + 1) * bad

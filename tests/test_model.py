@@ -222,10 +222,19 @@ def test_weights_decay_by_name(changes):
     """Every matrix and embedding decays, and nothing else: by the names, as people choose the groups elsewhere."""
     model = bert(**changes)
     names = {id(p): name for name, p in model.named_parameters()}
-    decay, exempt = ({names[id(p)] for p in group["params"]} for group in train.make_optimizer(model).param_groups)
+    decay, exempt = ({names[id(p)] for p in group["params"]} for group in train.make_optimizers(model)[0].param_groups)
     matrix = re.compile(r"(embedding|qkv|out|qk|up|down|transform|decoder)\.weight")
     assert decay == {name for name in names.values() if matrix.search(name)} and decay | exempt == set(names.values())
     assert all(re.search(r"norm|bias|scale|offset", name) for name in exempt)
+    train.optimizer = "muon"
+    try:
+        adam, muon = train.make_optimizers(model)
+    finally:
+        train.optimizer = "adamw"
+    parts = {names[id(p)]: group["parts"] for group in muon.param_groups for p in group["params"]}
+    assert parts.keys() == {name for name in decay if name.startswith("blocks.")}
+    assert all(n == (3 if "qkv" in name else 2 if "up" in name and model.config.glu else 1) for name, n in parts.items())
+    assert parts.keys() | {names[id(p)] for group in adam.param_groups for p in group["params"]} == set(names.values())
 
 
 @pytest.mark.parametrize("changes", SWITCHES, ids=label)

@@ -51,6 +51,17 @@ def test_masks_of_the_paper(seed, rows):
         assert [(changed == mask_id).sum(), (changed == ids[row, where]).sum()] == [26, 3]
 
 
+def test_room_for_more_masks_changes_neither_the_inputs_nor_the_loss():
+    ids = torch.randint(5, 50, (3, 128), generator=torch.Generator().manual_seed(0))
+    few = train.mask_tokens(ids, 19, 4, 50, torch.Generator().manual_seed(1))
+    room = train.mask_tokens(ids, 19, 4, 50, torch.Generator().manual_seed(1), room=38)
+    assert torch.equal(few[0], room[0]) and room[1].shape == room[2].shape == (3, 38)
+    assert torch.equal(few[1], room[1][:, :19]) and (room[2][:, 19:] == -100).all()
+    bert = model.BERT(model.Config(vocab_size=50, n_layer=1, n_head=2, n_embd=16, n_inner=32))
+    losses = [bert(i, train.flat(p, 128), t.flatten()) for i, p, t in (few, room)]
+    assert torch.isclose(*losses)
+
+
 def test_masks_are_uniform_seeded_and_all_mask_without_the_mix():
     ids = torch.arange(5, 133).repeat(4000, 1)
     a = train.mask_tokens(ids, 32, 4, 200, torch.Generator().manual_seed(1))
@@ -170,9 +181,11 @@ def last_step():
     return max((e["step"] for e in map(json.loads, lines[:-1])), default=0)
 
 
-def test_interrupted_and_resumed_equals_uninterrupted(run, tiny_data, home):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_interrupted_and_resumed_equals_uninterrupted(run, tiny_data, home, optimizer):
     """kill -9 twice, then SIGTERM, and a last part that finishes: the same weights, bit for bit, and the same log."""
     args = [*TINY, "--max_steps=700", "--dropout=0.1", "--checkpoint_minutes=0.002", "--eval_minutes=0.02"]
+    args += [f"--optimizer={optimizer}", "--mask_rate=0.3", "--mask_rate_end=0.15"]
     assert run("train.py", *args, "--out_dir=out/whole", "--checkpoint_minutes=9.0", "--eval_minutes=9.0")[0] is None
     said = []
     for step, kill in ((50, signal.SIGKILL), (200, signal.SIGKILL), (400, signal.SIGTERM), (None, None)):
@@ -272,10 +285,12 @@ def test_same_config_same_bytes(run, tiny_data):
     assert Path("out/a/model.pt").read_bytes() == Path("out/b/model.pt").read_bytes()
 
 
-def test_every_dtype_trains(run, tiny_data):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_dtype_trains(run, tiny_data, optimizer):
     """fp16 with its loss scaler (which a CPU has too), and resumed in another dtype."""
     for dtype in ("float32", "bfloat16", "float16"):
         args = [*TINY, "--max_steps=40", f"--dtype={dtype}", f"--out_dir=out/{dtype}", "--checkpoint_minutes=0.0001"]
+        args += [f"--optimizer={optimizer}"]
         assert run("train.py", *args)[0] is None
     plain, bf16, fp16 = (np.array([e["loss"] for e in log(d)]) for d in ("float32", "bfloat16", "float16"))
     assert np.abs(bf16 - plain).max() < 0.05 and np.abs(fp16 - plain).max() < 0.05
@@ -388,13 +403,14 @@ NAN_GRADIENT = lambda loss, model: loss + (model.embedding.weight[0, 0] * 0).sqr
 
 
 @pytest.mark.parametrize("how", [NAN_LOSS, NAN_GRADIENT])
-def test_a_step_that_is_not_finite_is_left_out_and_logged(run, tiny_data, monkeypatch, how):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_that_is_not_finite_is_left_out_and_logged(run, tiny_data, monkeypatch, how, optimizer):
     sabotage(monkeypatch, {3, 7, 8}, how)
-    assert run("train.py", *TINY, "--max_steps=12")[0] is None
+    assert run("train.py", *TINY, "--max_steps=12", f"--optimizer={optimizer}")[0] is None
     assert [e["step"] for e in log() if e["skipped"]] == [3, 7, 8]
     assert all(math.isfinite(e["loss"]) for e in log() if not e["skipped"])
     assert [e["loss"] for e in log() if e["skipped"]] == [None] * 3
-    opt = torch.load("out/tiny/ckpt.pt", weights_only=True)["optimizer"]["state"]
+    opt = torch.load("out/tiny/ckpt.pt", weights_only=True)["optimizers"][0]["state"]
     assert {int(p["step"]) for p in opt.values()} == {12 - 3}  # AdamW has taken the other steps
     assert all(v.isfinite().all() for v in weights().values())
 

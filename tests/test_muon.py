@@ -1,0 +1,64 @@
+import pytest
+import torch
+
+from muon import Muon, orthogonalize
+
+
+def matrix(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (2, 16, 64)])
+def test_orthogonalize_is_the_polar_factor_roughly(shape):
+    """Against the singular value decomposition: the same singular vectors, values in [0.65, 1.25]."""
+    stack = matrix(*shape) + 4 * torch.eye(shape[1], shape[2])  # no singular value near zero
+    found = orthogonalize(stack).float()
+    u, _, v = torch.linalg.svd(stack, full_matrices=False)
+    inner = u.mT @ found @ v.mT
+    diagonal = inner.diagonal(dim1=1, dim2=2)
+    assert 0.65 < diagonal.min() and diagonal.max() < 1.25
+    assert (inner - torch.diag_embed(diagonal)).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (16, 48), (48, 16)])
+def test_steps_equal_torchs(shape):
+    """Five steps of torch.optim.Muon with match_rms_adamw, weight decay and Nesterov, but for the rounding of bf16."""
+    ours, theirs = (torch.nn.Parameter(matrix(*shape)) for _ in range(2))
+    settings = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.95}
+    opts = [Muon([ours], **settings), torch.optim.Muon([theirs], adjust_lr_fn="match_rms_adamw", **settings)]
+    for i in range(5):
+        for p, opt in zip((ours, theirs), opts):
+            p.grad = matrix(*shape, seed=i + 1)
+            opt.step()
+    moved = (theirs - matrix(*shape)).norm()
+    assert (ours - theirs).norm() < 0.01 * moved
+    assert torch.equal(opts[0].state[ours]["momentum"], opts[1].state[theirs]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (16, 48), (48, 16)])
+def test_parts_are_matrices_of_their_own_and_stacks_change_nothing(shape):
+    pieces = [torch.nn.Parameter(matrix(*shape, seed=i)) for i in range(3)]
+    whole = torch.nn.Parameter(torch.cat([p.detach() for p in pieces]))
+    other = torch.nn.Parameter(matrix(shape[1], shape[0]))  # transposed, of the same stack
+    together = Muon([{"params": [whole], "parts": 3}, {"params": [other]}], 0.02, 0.1)
+    alone = [Muon([p], 0.02, 0.1) for p in pieces]
+    for i, p in enumerate(pieces):
+        p.grad = matrix(*shape, seed=10 + i)
+    whole.grad, other.grad = torch.cat([p.grad for p in pieces]), matrix(shape[1], shape[0], seed=20)
+    for opt in (together, *alone):
+        opt.step()
+    assert torch.allclose(whole, torch.cat(list(pieces)), atol=1e-3)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    p = torch.nn.Parameter(matrix(8, 8))
+    opt = Muon([p], 0.02, 0.1)
+    p.grad = matrix(8, 8, seed=1)
+    opt.step()
+    before, momentum = p.detach().clone(), opt.state[p]["momentum"].clone()
+    p.grad, opt.found_inf = torch.full((8, 8), float("nan")), torch.tensor(1.0)
+    opt.step()
+    assert torch.equal(p, before) and torch.equal(opt.state[p]["momentum"], momentum)
+    p.grad, opt.found_inf = matrix(8, 8, seed=2), torch.tensor(0.0)
+    opt.step()
+    assert p.isfinite().all() and not torch.equal(p, before)
