@@ -1,12 +1,15 @@
-"""One config file for all stages: `python train.py config/demo.py --seed=2`.
+"""One config file for all stages: `python train.py config/demo.py --seed=2 --ablation=rotary`.
 
 A key is a plain assignment at the top of a stage script, or a field of model.py's Config, with a comment that says what
 it is. The comment may open with what is allowed: `[0, 1)` is a range, `{auto, never}` a choice. The scripts are read
 with `ast`, so a config file may set keys of every stage, and a key that no stage declares is refused.
+
+--scale=NAME and --ablation=NAME stand for the overrides of that name in config/ablations.py.
 """
 
 import ast
 import contextlib
+import copy
 import difflib
 import json
 import os
@@ -63,9 +66,9 @@ def check(key, value, default, comment):
     return value
 
 
-def run_file(path):
-    """The keys that a config file sets. Names with a leading _, functions and modules do not count."""
-    names = {"__file__": path}
+def run_file(path, **names):
+    """The names that a file sets, beside those given. A leading _, functions and modules do not count."""
+    names["__file__"] = path
     try:
         exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), names)
     except FileNotFoundError as e:
@@ -77,6 +80,14 @@ def run_file(path):
     return {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, ModuleType) and not callable(v)}
 
 
+def named(kind, name, config):
+    """The overrides that config/ablations.py, with the keys so far as its variables, lists under `name`."""
+    table = run_file("config/ablations.py", **copy.deepcopy(config))[kind + "s"]
+    if name not in table:
+        sys.exit(f"config: {name!r} is none of the {kind}s in config/ablations.py{did_you_mean(name, table)}")
+    return table[name].items()
+
+
 def literal(text):
     try:
         return ast.literal_eval(text)
@@ -85,7 +96,7 @@ def literal(text):
 
 
 def configure(script, argv=None, also=()):
-    """Resolves defaults, config files and `--key=value` overrides, in that order, for every stage.
+    """Resolves defaults, then config files and `--key=value` overrides as they come, for every stage.
 
     script: the calling stage's file name; its keys, and those of the scripts in `also`, are what --help prints.
     Returns {key: value} for the keys of all stages. Every mistake ends the process with one line.
@@ -102,18 +113,21 @@ def configure(script, argv=None, also=()):
         sys.exit(0)
 
     keys = {k: v for stage in stages.values() for k, v in stage.items()} | stages.get(script, {})
-    config, given = {k: default for k, (default, _) in keys.items()}, []
+    config = {k: default for k, (default, _) in keys.items()}
     for arg in argv:
+        name, _, text = arg.removeprefix("--").partition("=")
         if not arg.startswith("--"):
-            given += [(k, v, arg) for k, v in run_file(arg).items()]
+            where, given = arg, run_file(arg).items()
         elif "=" not in arg:
             sys.exit(f"config: {arg}: an override is written --key=value")
+        elif name in ("scale", "ablation"):
+            where, given = "config/ablations.py", named(name, text, config)
         else:
-            given.append((arg[2:].partition("=")[0], literal(arg.partition("=")[2]), "the command line"))
-    for key, value, where in given:
-        if key not in keys:
-            sys.exit(f"config: no stage knows the key {key!r} of {where}{did_you_mean(key, keys)} (--help lists them)")
-        config[key] = check(key, value, *keys[key])
+            where, given = "the command line", [(name, literal(text))]
+        for key, value in given:
+            if key not in keys:
+                sys.exit(f"config: no stage knows the key {key!r} of {where}{did_you_mean(key, keys)} (--help lists them)")
+            config[key] = check(key, value, *keys[key])
     return config
 
 

@@ -2,11 +2,16 @@
 
 python plot.py out/x [out/y ...] [--x=tokens] [--out=FILE.png]   curves of log.jsonl, by the clock or by tokens seen
 python plot.py out/x --card [--out=FILE.png]                     the scorecard of glue.json beside the published rows
+python plot.py out/x out/y ... --scaling [--out=FILE.png]        models of several sizes: loss by compute, with a power law
 """
 
 import json
+import math
 import sys
 from pathlib import Path
+
+import numpy as np
+from scipy.stats import linregress
 
 from finetune_glue import DOCS, NINE, PUBLISHED
 
@@ -115,14 +120,74 @@ def draw_card(run, file):
     fig.savefig(file, dpi=120)
 
 
+def draw_losses(losses, file):
+    """{name: val_loss of each seed}: a dot each, the spread of the first name as a band behind the others."""
+    first, *others = losses
+    names = [first, *sorted(others, key=lambda name: np.mean(losses[name]))]
+    fig, ax = plt.subplots(figsize=(8, 1.2 + 0.3 * len(names)), constrained_layout=True)
+    ax.axvspan(min(losses[first]), max(losses[first]), color=COLORS[0], alpha=0.15, lw=0)
+    for i, name in enumerate(names):
+        ax.plot(losses[name], [i] * len(losses[name]), "o", color=COLORS[name != first], ms=6, alpha=0.8)
+    ax.set_yticks(range(len(names)), names)
+    ax.invert_yaxis()
+    ax.set(xlabel="validation loss (nats per masked token); a dot is a pretraining seed")
+    ax.grid(axis="x", alpha=0.3)
+    ax.spines[["top", "right"]].set_visible(False)
+    fig.savefig(file, dpi=120)
+
+
+def power_law(points):
+    """Fits loss = (c / flops) ** b to those (flops, loss) that no point with less compute undercuts: the envelope.
+
+    Returns (c, b, standard error of b, the envelope).
+    """
+    envelope = []
+    for flops, loss in sorted(points):
+        if not envelope or loss < envelope[-1][1]:
+            envelope.append((flops, loss))
+    fit = linregress(*np.log(envelope).T)
+    return math.exp(-fit.intercept / fit.slope), -fit.slope, fit.stderr, envelope
+
+
+def draw_scaling(runs, file):
+    """val_loss by compute and by the clock, a curve a run, and the power law of the envelope over all."""
+    logs = [[e for e in read_log(run) if "flops" in e] for run in runs]
+    if not comparable(runs) or any(len(log) < 2 for log in logs):
+        sys.exit("plot.py: --scaling takes runs of one tokenizer and val.bin, with two evaluations or more")
+    fig, axes = plt.subplots(1, 2, figsize=(12, 4.5), constrained_layout=True, sharey=True)
+    styles = ["-", "--", ":"]  # for more runs than colours
+    for i, (run, log) in enumerate(zip(runs, logs)):
+        look = {"color": COLORS[i % len(COLORS)], "ls": styles[i // len(COLORS) % 3], "marker": "o", "ms": 3, "lw": 1.3}
+        for ax, key, unit in zip(axes, ("flops", "hours"), (1, 60)):
+            ax.plot([unit * e[key] for e in log], [e["val_loss"] for e in log], label=Path(run).name, **look)
+    c, b, error, envelope = power_law([(e["flops"], e["val_loss"]) for log in logs for e in log])
+    xs = np.geomspace(envelope[0][0], envelope[-1][0])
+    axes[0].plot(xs, (c / xs) ** b, color="0.4", lw=3, alpha=0.4, label=f"(C / FLOPs)^b, b = {b:.3f} ± {error:.3f}")
+    axes[0].set(xscale="log", yscale="log", xlabel="FLOPs of the model, forward and backward")
+    axes[1].set(xlabel="minutes of wall clock")
+    axes[0].set_ylabel("validation loss (nats per masked token)")
+    for ax in axes:
+        ax.grid(alpha=0.3, which="both")
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False, fontsize=8)
+    fig.savefig(file, dpi=120)
+    print(f"loss = (C / FLOPs)^b with C = {c:.3g} and b = {b:.4f} ± {error:.4f}, fitted to {len(envelope)} points")
+
+
 if __name__ == "__main__":
     runs = [a for a in sys.argv[1:] if not a.startswith("--")]
     options = dict(a[2:].partition("=")[::2] for a in sys.argv[1:] if a.startswith("--"))
-    if not runs or options.keys() - {"out", "x", "card"} or options.get("x", "clock") not in ("clock", "tokens"):
+    if not runs or options.keys() - {"out", "x", "card", "scaling"} or options.get("x", "clock") not in ("clock", "tokens"):
         sys.exit(__doc__.strip())
-    file = options.get("out", str(Path(runs[0]) / ("card.png" if "card" in options else "curves.png")))
+    picture = next((name for name in ("card", "scaling") if name in options), "curves")
+    file = options.get("out", str(Path(runs[0]) / f"{picture}.png"))
     try:
-        draw_card(runs[0], file) if "card" in options else draw_curves(runs, options.get("x"), file)
+        if picture == "card":
+            draw_card(runs[0], file)
+        elif picture == "scaling":
+            draw_scaling(runs, file)
+        else:
+            draw_curves(runs, options.get("x"), file)
     except (OSError, ValueError) as e:  # a folder that is not there, a suffix that matplotlib does not know
         sys.exit(f"plot.py: {file}: {e}")
     print(file)

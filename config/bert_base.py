@@ -2,6 +2,7 @@
 exec(open("config/crammed.py").read())
 out_dir = "out/bert_base"
 
+dataset = "pile_unfiltered"
 order = "shuffle"  # the corpus as it comes
 filter_ratio = 0.0
 

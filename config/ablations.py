@@ -1,0 +1,175 @@
+# The paper's study, one entry a row: what it changes in the crammed recipe. All three stages take --ablation=NAME, and
+# sweep.py runs many: python train.py config/crammed.py --ablation=rotary
+#
+# The file is run with the keys of the config as its variables. So an entry says `n_layer // 2`, and means half the layers
+# of whatever it is applied to, after --scale=cpu as well. "[repo]" is the authors' code, see config/crammed.py.
+
+_half_inner = n_inner // 2
+
+scales = {
+    # a third of the width, a quarter of the layers and of the vocabulary, a 128th of the batch; minutes of two CPU cores
+    "cpu": {
+        "out_dir": f"{out_dir}_cpu",
+        "dataset": f"{dataset}_cpu",
+        "sources": [{"path": "wikimedia/wikipedia", "name": "20231101.en", "split": "train"}],
+        "max_chars": 100_000_000,
+        "max_rows": 0,
+        "vocab_size": vocab_size // 4,
+        "filter_ratio": 1.2 * filter_ratio,  # fewer entries, more tokens
+        "val_rows": 1024,
+        "n_layer": n_layer // 4,
+        "n_head": n_head // 3,
+        "n_embd": n_embd // n_head * (n_head // 3),
+        "n_inner": n_inner // n_head * (n_head // 3),
+        "batch_size": max(batch_size // 128, 16),
+        "batch_ramp_rows": 16,
+        "micro_batch_size": 16,
+        "learning_rate": 2 * learning_rate,
+        "budget_hours": budget_hours / 144,  # ten minutes
+        "eval_minutes": 2.0,
+        "checkpoint_minutes": 5.0,
+        "glue_learning_rate": 2e-4,
+        "glue_pooling": "mean",
+        "glue_max_train": 8000,
+        "glue_seeds": 3,
+    },
+}
+
+architecture = {
+    "original_architecture": {  # BERT's
+        "n_layer": n_layer * 3 // 4,
+        "norm_place": "post",
+        "bias": True,
+        "glu": False,
+        "position": "learned",
+        "final_norm": False,
+        "head_transform": True,
+        "decoder_bias": True,
+        "token_types": 2,
+    },
+    "minimal_architecture": {  # what makes it train: pre-norm; [repo: arch crammed-bert-simple]
+        "n_layer": n_layer * 3 // 4,
+        "bias": True,
+        "glu": False,
+        "position": "learned",
+        "final_norm": False,
+        "head_transform": True,
+        "decoder_bias": True,
+    },
+    "fourier": {"attention": "fourier"},
+    "flash": {"attention": "flash"},
+    "third_of_heads": {"n_head": max(n_head // 3, 1)},
+    "one_head": {"n_head": 1},
+    "rotary": {"position": "rotary"},
+    "learned_positions": {"position": "learned"},
+    "sinusoidal_positions": {"position": "sinusoidal"},
+    "no_positions": {"position": "none"},
+    "biases": {"bias": True},
+    "no_gating": {"glu": False},
+    "no_gating_same_size": {"glu": False, "n_inner": _half_inner * 3 // 2},
+    "relu": {"activation": "relu"},
+    "relu2": {"activation": "relu2"},
+    "rmsnorm": {"norm": "rmsnorm"},
+    "post_norm": {"norm_place": "post", "final_norm": False},
+    "no_embedding_norm": {"embedding_norm": False},
+    "no_final_norm": {"final_norm": False},
+    "head_transform": {"head_transform": True},
+    "decoder_bias": {"decoder_bias": True},
+    "untied": {"tie_weights": False},
+    # the ladder of sizes, all for the same time
+    "quarter_depth": {"n_layer": max(n_layer // 4, 1)},
+    "half_depth": {"n_layer": max(n_layer // 2, 1)},
+    "double_depth": {"n_layer": 2 * n_layer},
+    "half_width": {"n_embd": n_embd // 2, "n_inner": _half_inner, "n_head": max(n_head // 2, 1)},
+    "one_and_a_half_width": {"n_embd": n_embd * 3 // 2, "n_inner": n_inner * 3 // 2, "n_head": n_head * 3 // 2},
+    "double_width": {"n_embd": 2 * n_embd, "n_inner": 2 * n_inner, "n_head": 2 * n_head},
+}
+
+_original_training = {  # BERT's, its schedule tied to the budget
+    "optimizer": "adam",
+    "learning_rate": learning_rate / 10,
+    "beta2": 0.999,
+    "adam_eps": 1e-8,
+    "grad_clip": 0.0,
+    "dropout": 0.1,
+    "mask_rate": 0.15,
+    "batch_size": max(batch_size // 16, micro_batch_size),
+    "batch_ramp": 0.0,
+    "schedule": "cosine",
+    "warmup": 0.06,
+}
+training = {
+    "original_training": _original_training,
+    "original_both": _original_training | architecture["original_architecture"],
+    "minimal_training": {
+        "learning_rate": learning_rate / 2,
+        "grad_clip": 0.0,
+        "mask_rate": 0.15,
+        "batch_ramp": 0.0,
+        "schedule": "cosine",
+        "warmup": 0.06,
+    },
+    "adam": {"optimizer": "adam"},
+    "dropout": {"dropout": 0.1},
+    "constant": {"schedule": "constant"},
+    "linear": {"schedule": "linear"},
+    "cosine": {"schedule": "cosine"},
+    "inverse_sqrt": {"schedule": "inverse_sqrt", "warmup": 0.06},
+    "one_cycle": {"triangle_base": 0.0, "cooldown": 0.5},
+    "trapezoid": {"schedule": "trapezoid", "warmup": 0.06},
+    "ramp": {"schedule": "ramp"},
+    "mask_15": {"mask_rate": 0.15},
+    "mask_40": {"mask_rate": 0.4},
+    "mask_60": {"mask_rate": 0.6},
+    "mask_only": {"mask_80_10_10": False},
+    "no_batch_ramp": {"batch_ramp": 0.0},
+    "half_batch": {"batch_size": batch_size // 2},
+    "half_batch_no_ramp": {"batch_size": batch_size // 2, "batch_ramp": 0.0},
+    "quarter_batch": {"batch_size": batch_size // 4},
+    "quarter_batch_no_ramp": {"batch_size": batch_size // 4, "batch_ramp": 0.0},
+    "sixteenth_batch_no_ramp": {"batch_size": max(batch_size // 16, micro_batch_size), "batch_ramp": 0.0},
+}
+
+data = {
+    "unfiltered": {"filter_ratio": 0.0},
+    "tighter_filter": {"filter_ratio": 0.9 * filter_ratio},
+    "looser_filter": {"filter_ratio": 1.2 * filter_ratio},
+    "unsorted": {"order": "shuffle"},
+    "unfiltered_unsorted": {"filter_ratio": 0.0, "order": "shuffle"},
+    "unigram": {"order": "unigram"},
+    "reverse_unigram": {"order": "reverse_unigram"},
+    "word_length": {"order": "word_length"},
+    "fragment": {"order": "fragment"},
+    "dedup": {"dedup_tokens": 18},  # 75 bytes
+    "with_cls": {"insert_cls": True},
+    "without_sep": {"insert_sep": False},
+    "vocab_eighth": {"vocab_size": vocab_size // 8},
+    "vocab_quarter": {"vocab_size": vocab_size // 4},
+    "vocab_half": {"vocab_size": vocab_size // 2},
+    "vocab_double": {"vocab_size": vocab_size * 2},
+    "bpe": {"tokenizer_kind": "bpe"},
+    "unigram_tokenizer": {"tokenizer_kind": "unigram"},
+    "bookcorpus_wikipedia": {
+        "sources": [
+            {"path": "bookcorpus/bookcorpus", "revision": "refs/convert/parquet", "split": "train"},
+            {"path": "wikimedia/wikipedia", "name": "20231101.en", "split": "train"},
+        ]
+    },
+    "c4": {"sources": [{"path": "allenai/c4", "name": "en", "split": "train"}]},
+    "pile_deduplicated": {"sources": [{"path": "EleutherAI/the_pile_deduplicated", "split": "train"}]},
+    "pile_natural_text": {
+        "sources": [
+            {
+                "path": "monology/pile-uncopyrighted",
+                "split": "train",
+                "where": {"meta.pile_set_name": ["Gutenberg (PG-19)", "Books3", "Wikipedia (en)"]},
+            }
+        ]
+    },
+    "oscar": {"sources": [{"files": "oscar/*.jsonl.zst", "column": "content"}]},
+}
+
+ablations = {
+    name: {"out_dir": f"{out_dir}_{name}"} | ({"dataset": f"{dataset}_{name}"} if name in data else {}) | changes
+    for name, changes in (architecture | training | data).items()
+}
