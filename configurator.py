@@ -110,6 +110,7 @@ def configure(script, argv=None, also=()):
             print(f"{stage}:")
             for key, (default, comment) in stages[stage].items():
                 print(f"  --{key}={default!r}".ljust(34) + f"  {comment}")
+        print("--scale=NAME and --ablation=NAME are listed in config/ablations.py")
         sys.exit(0)
 
     keys = {k: v for stage in stages.values() for k, v in stage.items()} | stages.get(script, {})

@@ -121,7 +121,7 @@ def draw_card(run, file):
 
 
 def draw_losses(losses, file):
-    """{name: val_loss of each seed}: a dot each, the spread of the first name as a band behind the others."""
+    """{name: val_loss of each seed}: a dot each; the first name's range, with two seeds or more, as a band behind all."""
     first, *others = losses
     names = [first, *sorted(others, key=lambda name: np.mean(losses[name]))]
     fig, ax = plt.subplots(figsize=(8, 1.2 + 0.3 * len(names)), constrained_layout=True)
@@ -139,7 +139,8 @@ def draw_losses(losses, file):
 def power_law(points):
     """Fits loss = (c / flops) ** b to those (flops, loss) that no point with less compute undercuts: the envelope.
 
-    Returns (c, b, standard error of b, the envelope).
+    Returns (c, b, standard error of b, the envelope). The error takes the points for independent, and most of them are
+    from the middle of a run, before its learning rate has come down.
     """
     envelope = []
     for flops, loss in sorted(points):
@@ -152,8 +153,10 @@ def power_law(points):
 def draw_scaling(runs, file):
     """val_loss by compute and by the clock, a curve a run, and the power law of the envelope over all."""
     logs = [[e for e in read_log(run) if "flops" in e] for run in runs]
-    if not comparable(runs) or any(len(log) < 2 for log in logs):
-        sys.exit("plot.py: --scaling takes runs of one tokenizer and val.bin, with two evaluations or more")
+    if not comparable(runs):
+        sys.exit("plot.py: --scaling takes runs of one tokenizer and val.bin")
+    if sum(map(len, logs)) < 3:
+        sys.exit("plot.py: --scaling takes three evaluations or more, from logs with `flops`")
     fig, axes = plt.subplots(1, 2, figsize=(12, 4.5), constrained_layout=True, sharey=True)
     styles = ["-", "--", ":"]  # for more runs than colours
     for i, (run, log) in enumerate(zip(runs, logs)):

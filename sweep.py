@@ -4,44 +4,69 @@
 
 A name is a recipe (config/NAME.py) or an entry of config/ablations.py, which changes the crammed recipe; the first one is
 what the others are compared with. Each is prepared and trained with every seed, then scored if tasks are named
-(--tasks=cola,rte). All other words go to the three stages. The same command continues a sweep that was stopped, and skips
-what is done; a run that fails does not end it. --table=True runs nothing.
+(--tasks=cola,rte). Other words go to all stages, before what an entry changes. The same command continues a sweep that
+was stopped, and skips what is done; a run that fails does not end it. --table=True runs nothing.
 
 out/sweep/<name>-<seed>/ are runs like any other; out/sweep/table.md and sweep.png are what came out.
 """
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from configurator import ROOT, configure
+from configurator import ROOT, check, configure, literal, replace_file
+from train import FREE_KEYS
 
-OWN = {"seeds": 1, "out": "out/sweep", "table": False}  # the sweep's own options; seeds are 1337, 1338, ...
+seeds = 1  # [1, inf) runs of each entry, with the seeds 1337, 1338, ...
+out = "out/sweep"  # folder of the runs and of the table
+table = False  # only make the table of what is there
+OWN = {"seeds": (seeds, "[1, inf)"), "out": (out, ""), "table": (table, "")}
 
 
 def words_of(name, extra):
     """What to say to a stage so that it runs `name`."""
-    recipe = (ROOT / "config" / f"{name}.py").exists() and name != "ablations"
     scale = [word for word in extra if word.startswith("--scale=")]
-    rest = [word for word in extra if not word.startswith("--scale=")]
-    return [f"config/{name if recipe else 'crammed'}.py", *scale, *([] if recipe else [f"--ablation={name}"]), *rest]
+    rest = [word for word in extra if word not in scale]
+    if name != "ablations" and (ROOT / "config" / f"{name}.py").exists():
+        return [f"config/{name}.py", *scale, *rest]
+    return ["config/crammed.py", *scale, *rest, f"--ablation={name}"]
 
 
-def run(name, seed, out, extra):
-    """Runs what is left to do of one entry with one seed. Returns the stage that failed, or None."""
-    folder, words = out / f"{name}-{seed}", words_of(name, extra)
-    scored = any(word.startswith("--tasks=") for word in extra)
-    for script in ["prepare.py", "train.py", *["finetune_glue.py"] * scored]:
-        own = [] if script == "prepare.py" else [f"--out_dir={folder}"]
-        own += [f"--seed={seed}"] if script == "train.py" else []
-        if script == "train.py" and (folder / "model.pt").exists():
-            continue
-        print(f"== {script} {' '.join(words + own)}", flush=True)
-        if subprocess.run([sys.executable, ROOT / script, *words, *own]).returncode:
-            return script
+def call(script, words):
+    """Runs a stage. Whatever stops the sweep stops it first, and lets it save."""
+    print(f"== {script} {' '.join(words)}", flush=True)
+    child = subprocess.Popen([sys.executable, ROOT / script, *words])
+
+    def stop(number, frame):
+        child.terminate()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        return child.wait()
+    except KeyboardInterrupt:  # a Ctrl-C in the terminal has reached the child, too
+        child.wait()
+        raise
+
+
+def run(name, seed, extra):
+    """Does what is left to do of one entry with one seed. Returns why it failed, or None."""
+    folder, words = Path(out) / f"{name}-{seed}", words_of(name, extra)
+    if (folder / "model.pt").exists():
+        config, done = configure("train.py", words), json.loads((folder / "config.json").read_text())
+        keys = done.keys() & config.keys() - {*FREE_KEYS, "seed", "vocab_size"}  # that one is the data set's
+        if changed := [key for key in sorted(keys) if done[key] != config[key]]:
+            return f"{folder} is a run with another {', '.join(changed)}"
+    else:
+        for script, own in (("prepare.py", []), ("train.py", [f"--out_dir={folder}", f"--seed={seed}"])):
+            if call(script, words + own):
+                return f"{script} failed"
+    if any(word.startswith("--tasks=") for word in extra) and call("finetune_glue.py", [*words, f"--out_dir={folder}"]):
+        return "finetune_glue.py failed"
     return None
 
 
@@ -58,13 +83,14 @@ def result(folder):
     return row, (config["tokenizer_sha256"], config["val_sha256"])
 
 
-def collect(names, out):
+def collect(names):
     """{name: ([row of each finished seed], whether its val_loss compares with that of the first name)}."""
     found, reference = {}, None
     for name in names:
-        folders = sorted(path.parent for path in out.glob(f"{name}-*/model.pt") if path.parent.name[len(name) + 1 :].isdigit())
-        results = [result(folder) for folder in folders]
-        reference = reference or next((files for _, files in results), None)
+        folders = sorted(path.parent for path in Path(out).glob(f"{name}-*/model.pt"))
+        results = [result(folder) for folder in folders if folder.name.removeprefix(f"{name}-").isdigit()]
+        if name == names[0] and results:
+            reference = results[0][1]
         found[name] = [row for row, _ in results], all(files == reference for _, files in results)
     return found
 
@@ -76,49 +102,45 @@ def cell(values, digits):
     return f"{np.mean(values):.{digits}f}{spread}"
 
 
-def table(found, failed):
-    """The Markdown table: mean ± standard deviation over the n pretraining seeds."""
-    columns = list(dict.fromkeys(column for rows, _ in found.values() for row in rows for column in row))
+def report(names, failed):
+    """Writes and returns the Markdown table: mean ± standard deviation over n pretraining seeds. Also {name: losses}."""
+    found = collect(names)
+    columns = list(
+        dict.fromkeys(["val_loss", "M tokens", "k tokens/s", *(c for rows, _ in found.values() for r in rows for c in r)])
+    )
     lines = ["| | n | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for name, (rows, comparable) in found.items():
         cells = [cell([row[c] for row in rows if c in row], 3 if c == "val_loss" else 1) for c in columns]
         if rows and not comparable:
             cells[0] = f"({cells[0]})"
-        n = f"{len(rows)}, {failed[name]} failed" if name in failed else len(rows)
-        lines.append(f"| {name} | {n} | " + " | ".join(cells) + " |")
+        lines.append(" | ".join([f"| {name}", f"{len(rows)}{', ' * (name in failed)}{failed.get(name, '')}", *cells]) + " |")
     if not all(comparable for _, comparable in found.values()):
-        lines += ["", "In brackets: another tokenizer or val.bin, so that this val_loss says nothing about the others."]
-    return "\n".join(lines) + "\n"
+        lines += ["", "In brackets: another tokenizer or val.bin than the first row's, so these val_loss do not compare."]
+    text = "\n".join(lines) + "\n"
+    with replace_file(Path(out) / "table.md") as f:
+        f.write(text.encode())
+    return text, {name: [row["val_loss"] for row in rows] for name, (rows, comparable) in found.items() if rows and comparable}
 
 
-def main(argv):
-    names = [word for word in argv if not word.startswith("--")]
-    given = {word[2:].partition("=")[0]: word.partition("=")[2] for word in argv if word.startswith("--")}
-    extra = [word for word in argv if word.startswith("--") and word[2:].partition("=")[0] not in OWN]
-    if not names or "help" in given or not given.get("seeds", "1").isdigit():
-        sys.exit(__doc__.strip())
-    for name in names:
-        configure("sweep.py", words_of(name, extra))  # a wrong name or key ends the sweep before it begins
-    out, failed = Path(given.get("out", OWN["out"])), {}
-    out.mkdir(parents=True, exist_ok=True)
-    seeds = [] if given.get("table", "False") == "True" else range(1337, 1337 + int(given.get("seeds", OWN["seeds"])))
-    for seed in seeds:
+def main(names, extra):
+    configs = {name: configure("sweep.py", words_of(name, extra)) for name in names}  # ends here if a word is wrong
+    if len({(config["budget_hours"], config["max_steps"]) for config in configs.values()}) > 1:
+        sys.exit("sweep.py: these recipes have different budgets; --budget_hours=H gives them the same")
+    Path(out).mkdir(parents=True, exist_ok=True)
+    failed = {}
+    for seed in [] if table else range(1337, 1337 + seeds):
         for name in names:
-            if stage := run(name, seed, out, extra):
-                failed[name] = stage
-            found = collect(names, out)
-            (out / "table.md").write_text(table(found, failed))
-    found = collect(names, out)
-    text = table(found, failed)
-    (out / "table.md").write_text(text)
+            if reason := run(name, seed, extra):
+                failed[name] = reason
+                print(f"sweep.py: {name}: {reason}", flush=True)
+            report(names, failed)
+    text, losses = report(names, failed)
     print(text)
-    if losses := {
-        name: [row["val_loss"] for row in rows] for name, (rows, comparable) in found.items() if rows and comparable
-    }:
+    if names[0] in losses:
         try:
             from plot import draw_losses
 
-            draw_losses(losses, out / "sweep.png")
+            draw_losses(losses, Path(out) / "sweep.png")
         except SystemExit as reason:  # no matplotlib
             print(reason)
     if failed:
@@ -128,7 +150,23 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    names = [Path(word).stem if word.endswith(".py") else word for word in sys.argv[1:] if not word.startswith("-")]
+    extra = []
+    for word in sys.argv[1:]:
+        key, _, value = word.removeprefix("--").partition("=")
+        if key in OWN and "=" in word:
+            globals()[key] = check(key, literal(value), *OWN[key])
+        elif key in ("seed", "out_dir"):
+            sys.exit(
+                f"sweep.py: {key} is what the sweep itself sets; --seeds=2 means two seeds, --out=FOLDER where all runs are"
+            )
+        elif word.startswith("-"):
+            extra.append(word)
+    if not names or {"--help", "-h"} & set(extra):
+        sys.exit(__doc__.strip())
     try:
-        main(sys.argv[1:])
+        main(names, extra)
     except KeyboardInterrupt:
         sys.exit("sweep.py: interrupted; the same command continues")
+    except OSError as e:
+        sys.exit(f"sweep.py: {e.strerror or e}: {e.filename or out}")

@@ -606,10 +606,9 @@ def main(config):
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         bad = ~(step_loss.isfinite() & grad_norm.isfinite())
         for opt in opts:
-            if not scaler.is_enabled():
-                opt.found_inf = bad.float()  # the fused step leaves itself out, as it does for a scaler
+            opt.found_inf = bad.float()  # both leave such a step out; scaler.step would ask each optimizer's own gradients
             if where != "mps" or not bad:  # whose fused step ignores found_inf
-                scaler.step(opt)
+                opt.step()
         scaler.update()
         model.zero_grad(set_to_none=True)
         loss_sum = loss_sum + step_loss.where(~bad, 0.0)

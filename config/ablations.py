@@ -4,23 +4,27 @@
 # The file is run with the keys of the config as its variables. So an entry says `n_layer // 2`, and means half the layers
 # of whatever it is applied to, after --scale=cpu as well. "[repo]" is the authors' code, see config/crammed.py.
 
-_half_inner = n_inner // 2
+
+def _heads(n):
+    """The width that n heads of the same size make, and a feed-forward layer in proportion."""
+    return {"n_head": n, "n_embd": n_embd // n_head * n, "n_inner": n_inner // n_head * n}
+
 
 scales = {
-    # a third of the width, a quarter of the layers and of the vocabulary, a 128th of the batch; minutes of two CPU cores
+    # Minutes of two CPU cores: a third of the width, a quarter of the layers and of the vocabulary, a 128th of the batch.
+    # Rotary positions, since with the scaled sinusoid attention does not begin to pay in so short a time (results/).
     "cpu": {
         "out_dir": f"{out_dir}_cpu",
         "dataset": f"{dataset}_cpu",
-        "sources": [{"path": "wikimedia/wikipedia", "name": "20231101.en", "split": "train"}],
         "max_chars": 100_000_000,
         "max_rows": 0,
         "vocab_size": vocab_size // 4,
         "filter_ratio": 1.2 * filter_ratio,  # fewer entries, more tokens
         "val_rows": 1024,
         "n_layer": n_layer // 4,
-        "n_head": n_head // 3,
-        "n_embd": n_embd // n_head * (n_head // 3),
-        "n_inner": n_inner // n_head * (n_head // 3),
+        **_heads(n_head // 3),
+        "position": "rotary" if position == "scaled_sinusoidal" else position,
+        "rotary_base": 1000.0,
         "batch_size": max(batch_size // 128, 16),
         "batch_ramp_rows": 16,
         "micro_batch_size": 16,
@@ -56,17 +60,18 @@ architecture = {
         "head_transform": True,
         "decoder_bias": True,
     },
-    "fourier": {"attention": "fourier"},
+    "fourier": {"attention": "fourier", "position": "scaled_sinusoidal"},
     "flash": {"attention": "flash"},
-    "third_of_heads": {"n_head": max(n_head // 3, 1)},
+    "half_of_heads": {"n_head": max(n_head // 2, 1)},
     "one_head": {"n_head": 1},
+    "scaled_sinusoidal_positions": {"position": "scaled_sinusoidal"},  # the paper's; a change after --scale=cpu alone
     "rotary": {"position": "rotary"},
     "learned_positions": {"position": "learned"},
     "sinusoidal_positions": {"position": "sinusoidal"},
     "no_positions": {"position": "none"},
     "biases": {"bias": True},
     "no_gating": {"glu": False},
-    "no_gating_same_size": {"glu": False, "n_inner": _half_inner * 3 // 2},
+    "no_gating_same_size": {"glu": False, "n_inner": n_inner * 3 // 4},
     "relu": {"activation": "relu"},
     "relu2": {"activation": "relu2"},
     "rmsnorm": {"norm": "rmsnorm"},
@@ -76,13 +81,15 @@ architecture = {
     "head_transform": {"head_transform": True},
     "decoder_bias": {"decoder_bias": True},
     "untied": {"tie_weights": False},
-    # the ladder of sizes, all for the same time
+    # the ladder of sizes, all for the same time; at full scale 2, 4, 8, 12 and 24 layers, and widths of 256, 512 and 1,024
+    "eighth_depth": {"n_layer": max(n_layer // 8, 1)},
     "quarter_depth": {"n_layer": max(n_layer // 4, 1)},
     "half_depth": {"n_layer": max(n_layer // 2, 1)},
-    "double_depth": {"n_layer": 2 * n_layer},
-    "half_width": {"n_embd": n_embd // 2, "n_inner": _half_inner, "n_head": max(n_head // 2, 1)},
-    "one_and_a_half_width": {"n_embd": n_embd * 3 // 2, "n_inner": n_inner * 3 // 2, "n_head": n_head * 3 // 2},
-    "double_width": {"n_embd": 2 * n_embd, "n_inner": 2 * n_inner, "n_head": 2 * n_head},
+    "three_quarters_depth": {"n_layer": max(n_layer * 3 // 4, 1)},
+    "one_and_a_half_depth": {"n_layer": n_layer * 3 // 2},
+    "third_width": _heads(n_head // 3),
+    "two_thirds_width": _heads(n_head * 2 // 3),
+    "four_thirds_width": _heads(n_head * 4 // 3),
 }
 
 _original_training = {  # BERT's, its schedule tied to the budget
@@ -111,22 +118,26 @@ training = {
     },
     "adam": {"optimizer": "adam"},
     "dropout": {"dropout": 0.1},
-    "constant": {"schedule": "constant"},
-    "linear": {"schedule": "linear"},
-    "cosine": {"schedule": "cosine"},
-    "inverse_sqrt": {"schedule": "inverse_sqrt", "warmup": 0.06},
-    "one_cycle": {"triangle_base": 0.0, "cooldown": 0.5},
-    "trapezoid": {"schedule": "trapezoid", "warmup": 0.06},
-    "ramp": {"schedule": "ramp"},
+    "constant_schedule": {"schedule": "constant"},
+    "linear_schedule": {"schedule": "linear"},
+    "cosine_schedule": {"schedule": "cosine"},
+    "inverse_sqrt_schedule": {"schedule": "inverse_sqrt", "warmup": 0.06},
+    "one_cycle_schedule": {"triangle_base": 0.0, "cooldown": 0.5},
+    "trapezoid_schedule": {"schedule": "trapezoid", "warmup": 0.06},
+    "ramp_schedule": {"schedule": "ramp"},
     "mask_15": {"mask_rate": 0.15},
     "mask_40": {"mask_rate": 0.4},
     "mask_60": {"mask_rate": 0.6},
     "mask_only": {"mask_80_10_10": False},
+    # at full scale 8,192, 4,096, 2,048, 1,024 and 512 rows
     "no_batch_ramp": {"batch_ramp": 0.0},
-    "half_batch": {"batch_size": batch_size // 2},
-    "half_batch_no_ramp": {"batch_size": batch_size // 2, "batch_ramp": 0.0},
-    "quarter_batch": {"batch_size": batch_size // 4},
-    "quarter_batch_no_ramp": {"batch_size": batch_size // 4, "batch_ramp": 0.0},
+    "half_batch": {"batch_size": max(batch_size // 2, micro_batch_size)},
+    "half_batch_no_ramp": {"batch_size": max(batch_size // 2, micro_batch_size), "batch_ramp": 0.0},
+    "quarter_batch": {"batch_size": max(batch_size // 4, micro_batch_size)},
+    "quarter_batch_no_ramp": {"batch_size": max(batch_size // 4, micro_batch_size), "batch_ramp": 0.0},
+    "eighth_batch": {"batch_size": max(batch_size // 8, micro_batch_size)},
+    "eighth_batch_no_ramp": {"batch_size": max(batch_size // 8, micro_batch_size), "batch_ramp": 0.0},
+    "sixteenth_batch": {"batch_size": max(batch_size // 16, micro_batch_size)},
     "sixteenth_batch_no_ramp": {"batch_size": max(batch_size // 16, micro_batch_size), "batch_ramp": 0.0},
 }
 
@@ -136,18 +147,19 @@ data = {
     "looser_filter": {"filter_ratio": 1.2 * filter_ratio},
     "unsorted": {"order": "shuffle"},
     "unfiltered_unsorted": {"filter_ratio": 0.0, "order": "shuffle"},
-    "unigram": {"order": "unigram"},
-    "reverse_unigram": {"order": "reverse_unigram"},
-    "word_length": {"order": "word_length"},
-    "fragment": {"order": "fragment"},
+    "unigram_order": {"order": "unigram"},
+    "reverse_unigram_order": {"order": "reverse_unigram"},
+    "word_length_order": {"order": "word_length"},
+    "fragment_order": {"order": "fragment"},
     "dedup": {"dedup_tokens": 18},  # 75 bytes
     "with_cls": {"insert_cls": True},
     "without_sep": {"insert_sep": False},
-    "vocab_eighth": {"vocab_size": vocab_size // 8},
-    "vocab_quarter": {"vocab_size": vocab_size // 4},
-    "vocab_half": {"vocab_size": vocab_size // 2},
-    "vocab_double": {"vocab_size": vocab_size * 2},
-    "bpe": {"tokenizer_kind": "bpe"},
+    # unfiltered: a small vocabulary needs more tokens for the same text
+    "vocab_eighth": {"vocab_size": vocab_size // 8, "filter_ratio": 0.0},
+    "vocab_quarter": {"vocab_size": vocab_size // 4, "filter_ratio": 0.0},
+    "vocab_half": {"vocab_size": vocab_size // 2, "filter_ratio": 0.0},
+    "vocab_double": {"vocab_size": vocab_size * 2, "filter_ratio": 0.0},
+    "bpe_tokenizer": {"tokenizer_kind": "bpe"},
     "unigram_tokenizer": {"tokenizer_kind": "unigram"},
     "bookcorpus_wikipedia": {
         "sources": [
@@ -157,7 +169,7 @@ data = {
     },
     "c4": {"sources": [{"path": "allenai/c4", "name": "en", "split": "train"}]},
     "pile_deduplicated": {"sources": [{"path": "EleutherAI/the_pile_deduplicated", "split": "train"}]},
-    "pile_natural_text": {
+    "pile_natural_text": {  # the authors' list; this copy of the Pile is without Books3
         "sources": [
             {
                 "path": "monology/pile-uncopyrighted",

@@ -1,10 +1,12 @@
 import json
 import math
+import signal
 import statistics
+import time
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from conftest import TINY, start
 from scipy.stats import linregress
 
 import plot
@@ -21,16 +23,18 @@ def ablations():
 @pytest.mark.parametrize("scale", [[], ["--scale=cpu"]])
 def test_every_ablation_is_a_model_and_a_training_that_exist(scale, home):
     """Each changes something, has folders of its own, and passes what train.py demands of a config."""
-    base = configure("train.py", ["config/crammed.py", *scale])
+    base, seen = configure("train.py", ["config/crammed.py", *scale]), []
     for name in ablations()["ablations"]:
         config = configure("train.py", ["config/crammed.py", *scale, f"--ablation={name}"])
-        changed = {k for k in config if config[k] != base[k]}
-        assert changed - {"out_dir", "dataset"}, name
+        changed = {k: v for k, v in config.items() if v != base[k] and k not in ("out_dir", "dataset")}
+        assert changed or name == ("rotary" if scale else "scaled_sinusoidal_positions"), name
         assert config["out_dir"] == f"{base['out_dir']}_{name}"
         assert (config["dataset"] != base["dataset"]) == (name in ablations()["data"]), name
         require_possible(Config(**{k: config[k] for k in Config.__dataclass_fields__}))
         micro = config["micro_batch_size"]
         assert config["batch_size"] % micro == 0 and (not config["batch_ramp"] or config["batch_ramp_rows"] % micro == 0), name
+        assert scale or changed not in seen, name  # the smallest batch and model of scale=cpu end the ladders there
+        seen.append(changed)
 
 
 def test_rows_of_the_paper():
@@ -45,8 +49,17 @@ def test_rows_of_the_paper():
     same += " token_types dropout mask_rate optimizer learning_rate beta2 adam_eps grad_clip schedule warmup batch_size"
     assert [original[k] for k in same.split()] == [bert[k] for k in same.split()]
     assert configure("train.py", ["config/crammed.py", "--ablation=dedup"])["dedup_tokens"] == 18
-    size = {"quarter_depth": 4, "half_depth": 8, "double_depth": 32}
-    assert all(configure("train.py", ["config/crammed.py", f"--ablation={k}"])["n_layer"] == v for k, v in size.items())
+    ladders = {"eighth_depth": 2, "quarter_depth": 4, "half_depth": 8, "three_quarters_depth": 12, "one_and_a_half_depth": 24}
+    for key, sizes in (
+        ("n_layer", ladders),
+        ("n_embd", {"third_width": 256, "two_thirds_width": 512, "four_thirds_width": 1024}),
+    ):
+        for name, size in sizes.items():
+            assert configure("train.py", ["config/crammed.py", f"--ablation={name}"])[key] == size
+    batches = {"half": 4096, "quarter": 2048, "eighth": 1024, "sixteenth": 512}
+    for name, size in batches.items():
+        c = configure("train.py", ["config/crammed.py", f"--ablation={name}_batch_no_ramp"])
+        assert (c["batch_size"], c["batch_ramp"]) == (size, 0.0)
 
 
 def test_the_order_of_words_is_the_order_of_meaning(home):
@@ -57,10 +70,10 @@ def test_the_order_of_words_is_the_order_of_meaning(home):
 
 
 def test_a_sweep_runs_compares_survives_a_failure_and_goes_on(run, home):
-    """Its table against the logs of its runs; fourier with rotary positions is refused, and the others go on."""
-    words = ["crammed", "fourier", "unsorted", "vocab_half", "--seeds=2", "--out=out/s", *SMALL, "--position=rotary"]
-    message, output = run("sweep.py", *[w for w in words if "vocab_size" not in w], "--vocab_size=90")
-    assert message == "sweep.py: 1 of 4 entries failed: fourier; the same command tries them again"
+    """Its table against the logs of its runs; flash in post-norm is refused, and the others go on."""
+    words = ["crammed", "flash", "fragment_order", "vocab_half", "--seeds=2", "--out=out/s", *SMALL, "--norm_place=post"]
+    message, output = run("sweep.py", *words)
+    assert message == "sweep.py: 1 of 4 entries failed: flash; the same command tries them again"
     finals = []
     for seed in (1337, 1338):
         entries = [json.loads(line) for line in Path(f"out/s/crammed-{seed}/log.jsonl").read_text().splitlines()]
@@ -69,33 +82,51 @@ def test_a_sweep_runs_compares_survives_a_failure_and_goes_on(run, home):
     assert table in output
     mean, sd = statistics.mean(finals), statistics.stdev(finals)
     assert f"| crammed | 2 | {mean:.3f} ± {sd:.3f} |" in table and sd > 0
-    assert "| fourier | 0, train.py failed |" in table
-    assert "(" not in table.split("unsorted")[1].split("\n")[0]  # the same tokenizer and val.bin
+    assert "| flash | 0, train.py failed |" in table
+    assert "| fragment_order | 2 | (" not in table  # the same tokenizer and val.bin, other rows
+    assert "| vocab_half | 2 | (" in table and "In brackets" in table
+    settings = {name: json.loads(Path(f"out/s/{name}-1337/config.json").read_text()) for name in ("crammed", "fragment_order")}
+    assert len({c["train_sha256"] for c in settings.values()}) == 2 and len({c["val_sha256"] for c in settings.values()}) == 1
     assert Path("out/s/sweep.png").read_bytes()[:4] == b"\x89PNG"
+
     done = {p: p.stat().st_mtime_ns for p in Path("out/s").glob("*/model.pt")}
     assert len(done) == 6
-    message, output = run("sweep.py", *[w for w in words if w != "fourier"])
-    assert message is None and done == {p: p.stat().st_mtime_ns for p in Path("out/s").glob("*/model.pt")}
-    runs = [f"out/s/{name}" for name in ("crammed-1337", "unsorted-1337")]
+    words.remove("flash")
+    assert run("sweep.py", *words)[0] is None
+    assert done == {p: p.stat().st_mtime_ns for p in Path("out/s").glob("*/model.pt")}
+    message, output = run("sweep.py", *words, "--learning_rate=0.001")
+    assert "3 of 3 entries failed" in message and "is a run with another learning_rate" in output
+    runs = [f"out/s/{name}-1337" for name in ("crammed", "fragment_order")]
     assert run("plot.py", *runs, "--scaling", "--out=laws.png")[0] is None
     assert Path("laws.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_a_loss_of_another_tokenizer_stands_in_brackets(run, home):
-    words = [word for word in SMALL if "vocab_size" not in word]
-    message, output = run("sweep.py", "bert_base", "izsak", "--out=out/s", *words, "--vocab_size=90", "--table=True")
-    assert message is None and "| bert_base | 0 |" in output  # runs nothing
-    for name, vocabulary in (("crammed", 90), ("unsorted", 80)):
-        assert run("sweep.py", name, "--out=out/s", *words, f"--vocab_size={vocabulary}")[0] is None
-    table = run("sweep.py", "crammed", "unsorted", "--out=out/s", "--table=True")[1]
-    assert "| unsorted | 1 | (" in table and "In brackets" in table
+def test_what_stops_a_sweep_lets_its_run_save_and_the_same_command_continues(run, home):
+    words = ["crammed", "--out=out/s", *SMALL, "--max_steps=400", "--checkpoint_minutes=9"]
+    process, log = start("sweep.py", *words, cwd=home), Path("out/s/crammed-1337/log.jsonl")
+    while not log.exists() or log.read_text().count("\n") < 20:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output = "".join(process.communicate())
+    assert process.returncode == 1 and "saved at step" in output and "sweep.py: interrupted" in output
+    assert (log.parent / "ckpt.pt").exists() and not (log.parent / "model.pt").exists()
+    assert run("sweep.py", *words)[0] is None and (log.parent / "model.pt").exists()
+    assert any("resumed" in json.loads(line) for line in log.read_text().splitlines())
 
 
 def test_mistakes_end_a_sweep_before_it_begins(run, home):
     assert "did you mean rotary" in run("sweep.py", "crammed", "rotari")[0]
     assert "no stage knows the key" in run("sweep.py", "crammed", "--learning_rat=1")[0]
     assert "python sweep.py crammed" in run("sweep.py")[0]
+    assert "an override is written" in run("sweep.py", "crammed", "--table")[0]
+    assert "is what the sweep itself sets" in run("sweep.py", "crammed", "--seed=3")[0]
+    assert "outside [1, inf)" in run("sweep.py", "crammed", "--seeds=0")[0]
+    assert "different budgets" in run("sweep.py", "crammed", "config/cpu.py")[0]
     assert not Path("out").exists()
+    assert "Not a directory" in run("sweep.py", "crammed", "--out=text.txt/x", "--table=True")[0]
+    message, output = run("sweep.py", "bert_base", "izsak", "--out=out/s", "--table=True")
+    assert message is None and "| bert_base | 0 |" in output
 
 
 def test_the_power_law_is_found_again():
@@ -112,9 +143,9 @@ def test_the_power_law_is_found_again():
 def test_parameters_of_the_ladder():
     """The share of a block's parameters that half the depth and half the width leave, by hand."""
     count = {}
-    for name in ("half_depth", "half_width"):
+    for name in ("half_depth", "two_thirds_width"):
         config = configure("train.py", ["config/crammed.py", f"--ablation={name}"])
         model = BERT(Config(**{k: config[k] for k in Config.__dataclass_fields__}))
         count[name] = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
     full = 16 * (4 * 768**2 + 768 * 3072 + 1536 * 768)
-    assert count == {"half_depth": full // 2, "half_width": full // 4}
+    assert count == {"half_depth": full // 2, "two_thirds_width": full * 4 // 9}

@@ -415,6 +415,21 @@ def test_a_step_that_is_not_finite_is_left_out_and_logged(run, tiny_data, monkey
     assert all(v.isfinite().all() for v in weights().values())
 
 
+@pytest.mark.parametrize("how", [NAN_LOSS, NAN_GRADIENT])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_that_overflows_in_fp16_is_left_out_by_every_optimizer(run, tiny_data, monkeypatch, how, optimizer):
+    """The embedding alone has the bad gradient, which is AdamW's; the scaler's scale falls, and Muon leaves it out, too."""
+    sabotage(monkeypatch, {3, 7}, how)
+    assert (
+        run("train.py", *TINY, "--max_steps=12", "--dtype=float16", f"--optimizer={optimizer}", "--grad_clip=0.0")[0] is None
+    )
+    assert [e["step"] for e in log() if e["skipped"]] == [3, 7]
+    ckpt = torch.load("out/tiny/ckpt.pt", weights_only=True)
+    assert ckpt["scaler"]["scale"] == 65536 / 4
+    assert all(v.isfinite().all() for v in weights().values())
+    assert all(v["momentum"].isfinite().all() for opt in ckpt["optimizers"][1:] for v in opt["state"].values())
+
+
 def test_three_in_a_row_go_back_to_the_checkpoint_and_the_data_move_on(run, tiny_data, monkeypatch):
     sabotage(monkeypatch, {40, 41, 42}, NAN_LOSS)
     args = [*TINY, "--max_steps=60", "--checkpoint_minutes=0.0001"]
