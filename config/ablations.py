@@ -16,7 +16,7 @@ scales = {
     "cpu": {
         "out_dir": f"{out_dir}_cpu",
         "dataset": f"{dataset}_cpu",
-        "max_chars": 100_000_000,
+        "max_chars": 50_000_000,  # about an epoch
         "max_rows": 0,
         "vocab_size": vocab_size // 4,
         "filter_ratio": 1.2 * filter_ratio,  # fewer entries, more tokens

@@ -10,6 +10,7 @@ from test_finetune_glue import glue, write  # noqa: F401
 SMALL = {
     "prepare.py": [*TINY_DATA[1:]],
     "train.py": [*TINY_MODEL, "--batch_size=8", "--micro_batch_size=4", "--max_steps=3", "--compile=False"],
+    "sweep.py": [*TINY_DATA[1:], *TINY_MODEL, "--max_steps=3", "--eval_minutes=0.0001", "--compile=False"],
     "finetune_glue.py": ["--glue_dir=glue", "--glue_seeds=1", "--glue_epochs=1", "--glue_max_len=64"],
 }
 
@@ -17,7 +18,7 @@ SMALL = {
 def commands():
     """[[script, argument, ...], ...] of all indented lines that begin with `python`, but those for a GPU."""
     lines = re.findall(r"(?m)^    python (\w+\.py .*)$", (ROOT / "README.md").read_text())
-    return [shlex.split(line, comments=True) for line in lines if "crammed.py" not in line]
+    return [shlex.split(line, comments=True) for line in lines if not re.search("(crammed|nanocram).py", line)]
 
 
 def test_the_commands_of_the_readme(run, glue, home):  # noqa: F811
@@ -34,6 +35,7 @@ def test_the_commands_of_the_readme(run, glue, home):  # noqa: F811
         "finetune_glue.py",
         "plot.py",
         "export_hf.py",
+        "sweep.py",
     }
     for script, *args in found:
         extra = SMALL.get(script, [])

@@ -1,0 +1,8 @@
+# config/nanocram.py at the size of config/cpu.py, which has rotary positions already: half an hour of two CPU cores.
+exec(open("config/cpu.py").read())
+out_dir = "out/nanocram_cpu"
+
+qk_norm = True
+mask_80_10_10 = False
+optimizer = "muon"
+learning_rate = 1e-2
