@@ -6,7 +6,6 @@ The protocol is the paper's "GLUE sane": the same hyperparameters for all tasks,
 selected on dev data), the median over several seeds. A further call adds rows and tasks; finished seeds are not repeated.
 """
 
-import csv
 import hashlib
 import json
 import math
@@ -24,11 +23,13 @@ import torch.nn.functional as F
 from scipy import stats
 from tqdm import tqdm
 
-from configurator import configure, one_line, replace_file, write_json
+from configurator import configure, one_line, replace_file
 from export_hf import load_bert, load_run
+from hardware import pick_device, pick_dtype
 from model import BERT, Classifier
 from rows import n_ids, special_token
-from train import pick_device, pick_dtype, torch_save
+from scorecard import DOCS, NINE, card_text, write_card
+from train import torch_save
 
 out_dir = "out/demo"  # folder of the run
 dataset = "demo"  # corpus of the run; its offline tasks, if any, are in data/<dataset>/tasks
@@ -67,15 +68,6 @@ GLUE = {
 }  # fmt: skip
 HUB_COLUMNS = {"mrpc": ["sentence1", "sentence2"], "mnli": ["premise", "hypothesis"]}
 AX_ROWS = 1104  # the diagnostic set, answered by the MNLI model
-DOCS = {"docs_package": ["text"], "docs_next": ["text_a", "text_b"]}  # no GLUE: prepare.py makes them for the offline demo
-NINE = ["mnli", "mnli_mm", "sst2", "stsb", "rte", "qnli", "qqp", "mrpc", "cola"]  # what the GLUE average is over
-PUBLISHED = {  # in the order of NINE, then the average
-    "BERT-base, fully trained [paper]": [83.2, 83.4, 91.9, 86.7, 59.2, 90.6, 87.7, 89.3, 56.5, 80.9],
-    "BERT-base, no pretraining [paper]": [34.1, 34.1, 79.9, 17.8, 47.3, 50.0, 68.6, 77.9, 0.0, 45.5],
-    "crammed, A6000, first version [paper]": [83.9, 84.1, 92.2, 84.6, 53.8, 89.5, 87.3, 87.5, 44.5, 78.6],
-    "crammed, best released checkpoint [card]": [84.1, 84.6, 92.0, 87.4, 58.5, 90.2, 87.5, 88.9, 53.3, 80.7],
-}
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics of predictions p and labels y, in percent; 0 where a constant leaves nothing to correlate
@@ -133,24 +125,21 @@ def read_table(path, columns, label, header=None):
         hint = "; gluebenchmark.com/tasks has it, --glue_dir='' reads the hub" if from_glue else ""
         sys.exit(f"finetune_glue.py: {path} is missing{hint}; or leave its task out of `tasks`")
     examples, skipped, wanted = [], 0, [*columns, label] if label else columns
-    csv.field_size_limit(10**9)
-    with open(path, encoding="utf-8-sig", errors="replace", newline="") as f:
-        lines = (line.replace("\0", "") for line in f)
+    with open(path, encoding="utf-8-sig", errors="replace", newline="\n") as f:
         if path.suffix == ".jsonl":
             try:
-                rows = [json.loads(line) for line in lines if line.strip()]
-                header = header or list(rows[0] if rows else [])
-                rows = [[row.get(c) for c in header] for row in rows]
-            except (ValueError, AttributeError) as e:
+                rows = [dict(json.loads(line)) for line in f if line.strip()]
+            except (ValueError, TypeError) as e:
                 sys.exit(f"finetune_glue.py: {path} has a line that is not a JSON object: {e}")
+            header = list(rows[0]) if rows else []
         else:
-            rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-            header = header or next(rows, [])
+            lines = (line.rstrip("\r\n").split("\t") for line in f)
+            header = header or next(lines, [])
+            rows = (dict(zip(header, line)) for line in lines)
         if missing := [c for c in wanted if c not in header]:
             sys.exit(f"finetune_glue.py: {path} has no column {missing[0]!r}; its header is {', '.join(header)[:200]!r}")
-        places = [header.index(c) for c in wanted]
         for row in rows:
-            fields = [row[i] if i < len(row) else None for i in places]
+            fields = [row.get(c) for c in wanted]
             if label and (None in fields or fields[-1] == ""):
                 skipped += 1
                 continue
@@ -303,12 +292,10 @@ def batches(lengths, size, rng=None):
 
 def collate(rows, index, ids, where):
     """Padded ids, mask and segments (1 behind the first <sep>), each (B, T), on a GPU with T a multiple of 8."""
-    lengths, unit = torch.tensor([len(rows[i]) for i in index]), 8 if where == "cuda" else 1
-    tokens = np.full((len(index), -(-int(lengths.max()) // unit) * unit), ids["pad"])
-    for line, i in zip(tokens, index):
-        line[: len(rows[i])] = rows[i]
-    tokens = torch.from_numpy(tokens)
-    mask = torch.arange(tokens.size(1)) < lengths[:, None]
+    parts = [torch.tensor(rows[i]) for i in index]
+    tokens = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=ids["pad"])
+    tokens = F.pad(tokens, (0, -tokens.size(1) % (8 if where == "cuda" else 1)), value=ids["pad"])
+    mask = torch.arange(tokens.size(1)) < torch.tensor([len(p) for p in parts])[:, None]
     is_sep = (tokens == ids["sep"]).long()
     types = ((is_sep.cumsum(1) - is_sep) > 0).long() * mask
     return tokens.to(where), mask.to(where), types.to(where)
@@ -386,97 +373,6 @@ def zip_predictions(out):
     print(f"{out / 'submission.zip'} has the test sets' predictions of seed 0{note}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The card
-
-
-def averages(row):
-    """(GLUE average, the same without CoLA) of {task: entry}; None where not all of the nine (eight) numbers are there."""
-    without = [t for t in NINE if t != "cola"]
-    return tuple(
-        sum(row[t]["median"] for t in names) / len(names) if all(t in row for t in names) else None
-        for names in (NINE, without)
-    )
-
-
-def rules_line(card, record):
-    """Whether the scores are inside the rules of cramming, and which rule is broken if not."""
-    if not record and {"run", "scratch"} & card["rows"].keys():
-        return "unknown, since rules.json of the pretraining run is missing"
-    broken = [f"{rule} ({entry['did']})" for rule, entry in record.items() if not entry["ok"]]
-    broken += [f"2 (the row {init} starts from pretrained weights)" for init in card["rows"] if init not in ("run", "scratch")]
-    settings = {init: [entry["settings"] for entry in row.values()] for init, row in card["rows"].items()}
-    if any(s["glue_epochs"] > 5 for row in settings.values() for s in row):
-        broken.append("5 brief fine-tuning (more than 5 epochs)")
-    for init, row in settings.items():
-        if differ := sorted({k for s in row for k in s if s[k] != row[0][k]}):
-            broken.append(f"5 the same hyperparameters for all tasks (in the row {init}, {', '.join(differ)} differ)")
-    return "broken: " + "; ".join(broken) if broken else "inside all of them"
-
-
-def table(title, names, rows, published=None, mean=True):
-    """Lines of a markdown table of rows {title: {task: entry}}, with the published rows beneath, and with means."""
-    means = {"average" if set(NINE) <= set(names) else f"mean of these {len(names)}": names} if mean else {}
-    if mean and "cola" in names and len(names) > 1:
-        means["without CoLA"] = [t for t in names if t != "cola"]
-    lines = [[title, *names, *means], ["---"] * (1 + len(names) + len(means))]
-
-    def add(row_title, values, cells):
-        ends = [f"{sum(values[t] for t in m) / len(m):.1f}" if set(m) <= set(values) else "" for m in means.values()]
-        lines.append([row_title, *(cells.get(t, "") for t in names), *ends])
-
-    for row_title, row in rows.items():
-        found = {t: row[t] for t in names if t in row}
-        add(row_title, {t: e["median"] for t, e in found.items()}, {t: cell(e) for t, e in found.items()})
-    for row_title, numbers in (published or {}).items():
-        add(row_title, dict(zip(NINE, numbers)), {t: f"{x:.1f}" for t, x in zip(NINE, numbers)})
-    return ["| " + " | ".join(line) + " |" for line in lines] + [""]
-
-
-def cell(entry):
-    spread = f" ± {entry['sd']:.1f}" if len(entry["scores"]) > 1 else ""
-    return f"{entry['median']:.1f}{spread}"
-
-
-def card_text(card):
-    """The scorecard as markdown."""
-    names = {"run": "pretrained", "scratch": "no pretraining"}
-    rows, lines = {names.get(init, init): row for init, row in card["rows"].items()}, ["# Scorecard", ""]
-    entries = {t: entry for row in rows.values() for t, entry in row.items()}
-    glue = [t for t in NINE if t in entries]
-    docs = [t for t in DOCS if t in entries]
-    if glue:
-        lines += table("GLUE dev", glue, rows, PUBLISHED)
-    if docs:
-        lines += table("Offline tasks, not GLUE", docs, rows)
-    if own := [t for t in entries if t not in [*glue, *docs]]:  # wnli and ax, too, are not in the average
-        lines += table("Other tasks", own, rows, mean=False)
-    seeds = sorted({len(entry["scores"]) for row in rows.values() for entry in row.values()})
-    lines.append(f"Median ± standard deviation over {' or '.join(map(str, seeds))} fine-tuning seeds, in percent.")
-    lines.append("Metrics: " + ", ".join(f"{t} {entry['metric']}" for t, entry in entries.items()) + ".")
-    if glue:
-        lines.append("Published rows: [paper] arXiv 2212.14034, [card] JonasGeiping/crammed-bert on the Hugging Face hub.")
-    for title, row in rows.items():
-        if partial := [
-            f"{t} ({e['n_train']:,} training and {e['n_dev']:,} dev examples)" for t, e in row.items() if e["partial"]
-        ]:
-            lines.append(f"On partial data, not comparable with published scores: {title}: {', '.join(partial)}.")
-    settings = [e["settings"] for e in entries.values()] + [e["settings"] for row in rows.values() for e in row.values()]
-    if differ := sorted({k for s in settings for k in s if s[k] != settings[0][k]}):
-        lines.append(f"Not all scores have the same {', '.join(differ)}; see glue.json.")
-    return "\n".join([*lines, f"Rules of cramming: {card['rules']}.", ""])
-
-
-def write_card(out, card):
-    record = json.loads((out / "rules.json").read_text()) if (out / "rules.json").exists() else {}
-    card["rules"] = rules_line(card, record)
-    card["average"] = {init: averages(row)[0] for init, row in card["rows"].items()}
-    card["average_without_cola"] = {init: averages(row)[1] for init, row in card["rows"].items()}
-    write_json(out / "glue.json", card)
-    with replace_file(out / "glue.md") as f:
-        f.write(card_text(card).encode())
-
-
 def load_start(out):
     """(Config, weights, tokenizer, special ids, pretrained pooler or None) of the run, or of a Hugging Face BERT."""
     if glue_init in ("run", "scratch"):
@@ -515,14 +411,19 @@ def main(config):
     card = json.loads((out / "glue.json").read_text()) if (out / "glue.json").exists() else {"rows": {}}
     card |= {"settings": own, "versions": {"python": platform.python_version(), "torch": str(torch.__version__)}}
     row, jobs = card["rows"].setdefault(glue_init, {}), []
-    kept = out if glue_init == "run" else out / Path(glue_init).name  # predictions and classifiers of each start
+    kept = (
+        out if glue_init == "run" else out / glue_init.strip("./").replace("/", "-")
+    )  # predictions and classifiers of each start
+    names = [task.get("name") if isinstance(task, dict) else task for task in tasks]
+    if twice := {name for name in names if names.count(name) > 1}:
+        sys.exit(f"finetune_glue.py: `tasks` has two of the name {twice.pop()!r}")
     if "ax" in tasks and "mnli" not in tasks:
         sys.exit("finetune_glue.py: the model of mnli answers ax; add mnli to `tasks`")
     for task in map(load_task, [t for t in tasks if t != "ax"]):
         if 0 < glue_max_train < len(task.train):
             pick = np.random.default_rng(0).choice(len(task.train), glue_max_train, replace=False)
             task.train, task.partial = [task.train[i] for i in pick], True
-        examples = hashlib.sha256(repr((task.train, task.dev, task.labels)).encode()).hexdigest()[:16]
+        examples = hashlib.sha256(repr((task.train, task.dev, task.labels, task.metric)).encode()).hexdigest()[:16]
         common = {"n_train": len(task.train), "partial": task.partial, "settings": settings, "examples": examples}
         # scores of the same data and settings stand; others do until a new one takes their place
         same = all(name in row and common.items() <= row[name].items() for name in task.dev)
@@ -565,7 +466,7 @@ def main(config):
             sys.stdout.flush()
             write_card(out, card)
     write_card(out, card)
-    if glue_submit:
+    if (kept / "submission").exists() and glue_submit:
         zip_predictions(kept)
     print("\n" + card_text(card))
 

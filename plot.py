@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import linregress
 
-from finetune_glue import DOCS, NINE, PUBLISHED
+from scorecard import DOCS, NINE, PUBLISHED
 
 try:
     import matplotlib
@@ -129,8 +129,7 @@ def draw_losses(losses, file):
     for i, name in enumerate(names):
         ax.plot(losses[name], [i] * len(losses[name]), "o", color=COLORS[name != first], ms=6, alpha=0.8)
     ax.set_yticks(range(len(names)), names)
-    ax.invert_yaxis()
-    ax.set(xlabel="validation loss (nats per masked token); a dot is a pretraining seed")
+    ax.set(ylim=(len(names) - 0.5, -0.5), xlabel="validation loss (nats per masked token); a dot is a pretraining seed")
     ax.grid(axis="x", alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
     fig.savefig(file, dpi=120)
@@ -169,6 +168,8 @@ def draw_scaling(runs, file):
     axes[0].set(xscale="log", yscale="log", xlabel="FLOPs of the model, forward and backward")
     axes[1].set(xlabel="minutes of wall clock")
     axes[0].set_ylabel("validation loss (nats per masked token)")
+    for numbers in (axes[0].yaxis.set_major_formatter, axes[0].yaxis.set_minor_formatter):
+        numbers("{x:.1f}")
     for ax in axes:
         ax.grid(alpha=0.3, which="both")
         ax.spines[["top", "right"]].set_visible(False)

@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import sys
@@ -27,6 +26,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from configurator import configure, one_line, replace_file, write_json
+from hardware import compiled, peak_flops, pick_device, pick_dtype
 from model import BERT, Config, flops_per_token
 from muon import Muon
 
@@ -67,32 +67,24 @@ wandb_log = False  # log to Weights & Biases too; needs `pip install wandb`
 FREE_KEYS = """resume out_dir device dtype compile micro_batch_size eval_minutes checkpoint_minutes log_seconds check_data
 wandb_log""".split()
 
-# Dense fp16/bf16 tensor peaks in TFLOP/s: the first three as the paper counts them, the others from NVIDIA's data sheets.
-GPU_PEAKS = {
-    "2080 Ti": 53.8, "A4000": 88.5, "A6000": 154.8, "V100": 125, "T4": 65, "A5000": 111, "3090": 71, "4090": 165,
-    "5090": 209, "A100": 312, "A10": 125, "L40S": 362, "L40": 181, "L4": 121,
-    "H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250,
-}  # fmt: skip
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Schedules: pure functions of progress p in [0, 1]
 
 
 def learning_rate_factor(p):
     """The learning rate at progress p as a share of its peak."""
-    if schedule in ("constant", "linear", "cosine"):
-        q = max(0.0, p - warmup) / (1 - warmup)  # progress since the warm-up
-        fall = {"constant": 1.0, "linear": 1 - q, "cosine": 0.5 * (1 + math.cos(math.pi * q))}[schedule]
-        return fall * min(1.0, p / warmup if warmup else 1.0)
-    top = min(p, 1 - cooldown)  # the others rise or fall up to here, and go to zero in a line from there
-    body = {
-        "triangle": triangle_base + (1 - triangle_base) * top / (1 - cooldown),  # the paper's: "budget-triangle2" [repo]
-        "trapezoid": min(1.0, top / warmup if warmup else 1.0),
-        "inverse_sqrt": top / warmup if top < warmup else math.sqrt(warmup / max(top, 1e-9)),
-        "ramp": top,
+    rise = min(1.0, p / warmup) if warmup else 1.0
+    since = max(0.0, p - warmup) / (1 - warmup)  # progress since the warm-up
+    top, fall = min(p, 1 - cooldown), min(1.0, (1 - p) / cooldown)  # rises up to the cool-down; falls from there to zero
+    return {
+        "constant": rise,
+        "linear": rise * (1 - since),
+        "cosine": rise * 0.5 * (1 + math.cos(math.pi * since)),
+        "trapezoid": rise * fall,
+        "inverse_sqrt": rise * math.sqrt(warmup / max(top, warmup, 1e-9)) * fall,
+        "triangle": (triangle_base + (1 - triangle_base) * top / (1 - cooldown)) * fall,  # "budget-triangle2" [repo]
+        "ramp": top * fall,
     }[schedule]
-    return body * min(1.0, (1 - p) / cooldown)
 
 
 def batch_rows(p):
@@ -198,71 +190,7 @@ def next_rows(rows, cursor, count, where):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Hardware
-
-
-def pick_device(device):
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if device != "auto" and not found[device]:
-        sys.exit(f"train.py: device = {device!r}, but torch sees none here; --device=auto takes what there is")
-    return next(d for d in found if found[d]) if device == "auto" else device
-
-
-def pick_dtype(where, dtype):
-    """bf16 where the hardware multiplies in it, fp16 on older GPUs, else fp32."""
-    if dtype != "auto":
-        return getattr(torch, dtype)
-    if where == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
-    bf16 = where == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16")
-    return torch.bfloat16 if bf16 else torch.float32
-
-
-def peak_flops(where, act_dtype):
-    """(FLOP/s, what it is): of the table for known GPUs, else the best of some large matmuls."""
-    if where == "cuda":
-        name = torch.cuda.get_device_name()
-        for key, tflops in GPU_PEAKS.items():
-            if re.search(rf"\b{key}\b", name):
-                return tflops * 1e12, name
-    a, seconds = torch.rand(2048, 2048, generator=torch.Generator().manual_seed(0)).to(where, act_dtype), []
-    for _ in range(12):
-        start = time.monotonic()
-        (a @ a)[0, 0].item()
-        seconds.append(time.monotonic() - start)
-    return 2 * 2048**3 / min(seconds), f"measured on this {where}"
-
-
-def compiled(model, scale, *batch):
-    """The compiled model; or, with a warning, the model itself where no compiler works or the gradients differ.
-
-    The check is worth its seconds: torch 2.13 silently compiles one way to write rotary positions to wrong gradients.
-    """
-    gradients = []
-    try:
-        fast = torch.compile(model, dynamic=False)  # shapes are fixed; a static graph is the fastest
-        for forward in (fast, model):
-            scale(forward(*batch)).backward()
-            gradients.append([p.grad for p in model.parameters() if p.ndim > 1])  # that of a key's bias is 0 but for noise
-            model.zero_grad(set_to_none=True)
-    except torch.OutOfMemoryError:
-        model.zero_grad(set_to_none=True)
-        if gradients:  # the eager pass needs more memory than the compiled one; go on unchecked
-            return fast
-        raise
-    except Exception as e:
-        model.zero_grad(set_to_none=True)
-        print(f"train.py: warning: torch.compile does not work here, going on without: {one_line(e)}")
-        return model
-    # in thirds, so that queries, keys and values count one by one; in fp16 the first scales overflow
-    pairs = [(a, b) for a, b in zip(*gradients) if b.isfinite().all()]
-    thirds = [(x, y) for a, b in pairs for x, y in zip(a.chunk(3), b.chunk(3))]
-    errors = [((x - y).norm() / y.norm().clamp(min=1e-30)).nan_to_num(math.inf).item() for x, y in thirds]
-    error = max(errors, default=0.0)
-    if model.config.dropout == 0 and error > 0.5:  # with dropout the passes differ
-        print(f"train.py: warning: torch.compile changes a gradient by {error:.0%}, going on without")
-        return model
-    return fast
+# A step
 
 
 def make_optimizers(model):
@@ -285,11 +213,10 @@ def make_optimizers(model):
 
 
 def out_of_memory(micro):
-    smaller = max((d for d in range(1, micro) if micro % d == 0), default=0)
-    what = (
-        f"--micro_batch_size={smaller} needs less for the same result" if smaller else "the model is too large for this device"
-    )
-    return f"out of memory; {what}"
+    if micro == 1:
+        return "out of memory; the model is too large for this device"
+    smaller = max(d for d in range(1, micro) if micro % d == 0)
+    return f"out of memory; --micro_batch_size={smaller} needs less for the same result"
 
 
 def first_non_finite(model, *batch):
@@ -315,7 +242,7 @@ def load_checkpoint(path, config):
     """The checkpoint, on the CPU. SystemExit if it is damaged, or of another experiment."""
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        old, _ = ckpt["config"], [ckpt[k] for k in "model optimizers scaler step tokens rows elapsed torch".split()]
+        old, _ = ckpt["config"], [ckpt[k] for k in "model optimizers scaler step tokens rows elapsed world torch".split()]
     except Exception as e:
         sys.exit(f"train.py: {path} cannot be read: {one_line(e)}; remove it, or --resume=never starts anew")
     if changed := [f"{k} was {v!r}, now {config.get(k)!r}" for k, v in old.items() if config.get(k) != v]:
@@ -345,10 +272,10 @@ def torch_save(path, value):
     with replace_file(path) as f:
         try:
             torch.save(value, f)
+            f.flush()
+            torch.load(f.name, map_location="cpu", weights_only=True)
         except RuntimeError as e:  # torch's writer replaces the error of the file by its own
             raise OSError(errno.EIO, f"could not be written ({str(e).splitlines()[0]})", str(path)) from e
-        f.flush()
-        torch.load(f.name, map_location="cpu", weights_only=True)
 
 
 def rules_record(settings, hours, where, world):
@@ -419,8 +346,7 @@ def main(config):
             import wandb
         except ImportError:
             sys.exit("train.py: wandb_log=True needs `pip install wandb`")
-        run_id = {"id": str(out).replace("/", "-"), "resume": "allow" if ckpt else None}
-        wandb.init(project="nanocram", name=out.name, config=config, **run_id)
+        wandb.init(project="nanocram", name=out.name, config=config, id=str(out).replace("/", "-"), resume=ckpt and "allow")
 
     def restore(ckpt):
         model.load_state_dict(ckpt["model"])
@@ -429,10 +355,11 @@ def main(config):
         if ckpt["scaler"]:  # empty where that part of the run was not in fp16
             scaler.load_state_dict(ckpt["scaler"])
 
-    state = {"step": 0, "tokens": 0, "rows": 0, "elapsed": 0.0}
+    state = {"step": 0, "tokens": 0, "rows": 0, "elapsed": 0.0, "world": world}
     if ckpt:
         restore(ckpt)
         state = {k: ckpt[k] for k in state}
+        state["world"] = max(state["world"], world)  # devices, at most, in any part of the run: rule 4
         if ckpt["torch"] != str(torch.__version__):
             print(f"train.py: warning: the run began with torch {ckpt['torch']}, this is {torch.__version__}")
     if rank == 0:
@@ -445,7 +372,7 @@ def main(config):
             shutil.copy(folder / "tokenizer.json", out)
             for name in ("log.jsonl", "ckpt.pt", "model.pt", "rules.json", "glue.json", "glue.md", "submission.zip"):
                 (out / name).unlink(missing_ok=True)
-            for name in ("submission", "classifiers"):
+            for name in ("submission", "classifiers", "scratch"):
                 shutil.rmtree(out / name, ignore_errors=True)
         write_json(out / "config.json", config)
     del ckpt
@@ -484,7 +411,7 @@ def main(config):
     too_many, last_recovery = 20 if scaler.is_enabled() else 3, -math.inf
     generator = torch.Generator(where)
     model.train()
-    step_model, batch, first_step, forecast_said = model, (), state["step"], False
+    step_model, batches, first_step, forecast_said = model, [], state["step"], False
     loss_sum = skipped = streak = grad_norm = torch.zeros((), device=where)
     lr, rows, steps, tokens = 0.0, 0, 0, 0  # the last two since the last log line, as are loss_sum and skipped
     timer = time.monotonic()  # start of the log interval; evaluations and checkpoints move it on
@@ -528,7 +455,7 @@ def main(config):
                 sys.exit(
                     f"train.py: loss or gradient not finite {int(streak)} times in a row, step {state['step']:,}, learning "
                     f"rate {lr:.3g}, gradient norm {float(grad_norm):.3g}, first module with such an output: "
-                    f"{first_non_finite(model, *batch)}; lower learning_rate, or --dtype=float32; what was saved is intact"
+                    f"{first_non_finite(model, *batches[0])}; lower learning_rate, or --dtype=float32; what was saved is whole"
                 )
             ckpt = load_checkpoint(out / "ckpt.pt", config)
             restore(ckpt)
@@ -545,7 +472,7 @@ def main(config):
         # save
         if save or done or stop_now:
             if rank == 0:
-                own = {k: v for k, v in config.items() if k not in FREE_KEYS}
+                own = {k: v for k, v in config.items() if k not in FREE_KEYS}  # what a checkpoint must agree with
                 parts = {
                     "model": model.state_dict(),
                     "optimizers": [opt.state_dict() for opt in opts],
@@ -577,15 +504,15 @@ def main(config):
         inputs, positions, targets = mask_tokens(
             ids, count, mask_id, vocab_size, generator.manual_seed(step_seed), mask_80_10_10, room
         )
-        step_loss, first = torch.zeros((), device=where), rows // world * rank
+        mine = slice(rows // world * rank, rows // world * (rank + 1))
+        parts = zip(*(x[mine].split(micro) for x in (inputs, positions, targets)))
+        batches = [(i, flat(p, seq_len), t.flatten()) for i, p, t in parts]
+        step_loss = torch.zeros((), device=where)
         try:
-            for i in range(first, first + rows // world, micro):
-                part = slice(i, i + micro)
-                batch = inputs[part], flat(positions[part], seq_len), targets[part].flatten()
-                if i == first:
-                    if compile and state["step"] == first_step:
-                        step_model = compiled(model, lambda loss, share=micro / rows: scaler.scale(loss * share), *batch)
-                    torch.manual_seed(step_seed + 1 + rank)
+            if compile and state["step"] == first_step:
+                step_model = compiled(model, lambda loss, share=micro / rows: scaler.scale(loss * share), *batches[0])
+            torch.manual_seed(step_seed + 1 + rank)
+            for batch in batches:
                 if reason and world == 1:
                     break
                 loss = step_model(*batch) * (micro / rows)
@@ -626,7 +553,7 @@ def main(config):
 
     bar.close()
     if rank == 0:
-        write_json(out / "rules.json", rules_record(meta["settings"], state["elapsed"] / 3600, where, world))
+        write_json(out / "rules.json", rules_record(meta["settings"], state["elapsed"] / 3600, where, state["world"]))
         torch_save(out / "model.pt", {"config": vars(model.config), "model": model.state_dict()})
         used, hours = flops * state["tokens"], state["elapsed"] / 3600
         print(

@@ -132,8 +132,8 @@ def test_files_with_quirks(glue, monkeypatch, capsys):
     assert list(G.load_task("mnli").dev) == ["mnli", "mnli_mm"]
     assert "QQP/train.tsv: 1 rows with missing fields" in capsys.readouterr().out
     assert any('"' in a for a, _, _ in G.load_task("mrpc").train)  # a quotation mark is a character like others
-    Path("glue/SST-2/dev.tsv").write_bytes(b"sentence\tlabel\nbal \xff dem\t1\n\t0\n")
-    assert len(G.load_task("sst2").dev["sst2"]) == 2
+    Path("glue/SST-2/dev.tsv").write_bytes(b"sentence\tlabel\nbal \xff dem\t1\n\t0\nbal\rdem\t1\r\n")
+    assert [text for text, *_ in G.load_task("sst2").dev["sst2"]] == ["bal \ufffd dem", "", "bal\rdem"]
 
 
 def test_all_tasks_make_a_card_with_the_average(run, glue, model):
@@ -294,8 +294,11 @@ def test_ones_own_task(run, home, model):
     ]:
         message, _ = run("finetune_glue.py", *TINY, *SMALL, f"--tasks={[own | change]!r}")
         assert expected in message and "\n" not in message
-    Path("a.jsonl").write_text('{"what": "x", "kind": "y"}\nno json\n')
-    assert "a line that is not a JSON object" in run("finetune_glue.py", *TINY, *SMALL, f"--tasks={[own]!r}")[0]
+    for line in ("no json", "5", "null"):
+        Path("a.jsonl").write_text(f'{line}\n{{"what": "x", "kind": "y"}}\n')
+        assert "a line that is not a JSON object" in run("finetune_glue.py", *TINY, *SMALL, f"--tasks={[own]!r}")[0]
+    submit = ["--glue_submit=True", "--glue_init=scratch", "--glue_seeds=1"]  # of a task that has no test set
+    assert run("finetune_glue.py", *TINY, *SMALL, f"--tasks={[numbers]!r}", *submit)[0] is None
 
 
 def test_the_card_sets_published_rows_beneath(run, glue, model):
@@ -328,6 +331,19 @@ def test_other_examples_are_another_score(run, home, model):
     for words in ("bal dem", "fal gol"):
         write(Path("a.tsv"), ["t", "label"], [[w, w] for w in words.split()] * 20)
         assert "x, seed 0" in run("finetune_glue.py", *TINY, *SMALL, f"--tasks={[own]!r}")[1]
+    other = own | {"metric": "f1"}
+    assert "x, seed 0: f1" in run("finetune_glue.py", *TINY, *SMALL, f"--tasks={[other]!r}")[1]
+    assert "two of the name 'x'" in run("finetune_glue.py", *TINY, *SMALL, f"--tasks={[own, other]!r}")[0]
+
+
+def test_a_score_of_other_settings_is_named_on_the_card(run, glue, model):
+    """Also where one of the scores is from a version of the script that did not have the setting."""
+    run("finetune_glue.py", *TINY, *SMALL, "--tasks=cola", "--glue_seeds=1")
+    card = json.loads(Path("out/tiny/glue.json").read_text())
+    del card["rows"]["run"]["cola"]["settings"]["glue_warmup"]
+    Path("out/tiny/glue.json").write_text(json.dumps(card))
+    message, output = run("finetune_glue.py", *TINY, *SMALL, "--tasks=rte", "--glue_seeds=1")
+    assert message is None and "(in the row run, glue_warmup differ)" in output
 
 
 def test_killed_it_repeats_one_seed_at_most(run, glue, model, home):

@@ -526,3 +526,4 @@ def test_a_dead_process_ends_the_job_and_the_checkpoint_continues_on_one(run, ti
         time.sleep(0.05)
     process.terminate()
     assert f"continuing out/tiny at step {step:,}" in process.communicate()[0]
+    assert torch.load("out/tiny/ckpt.pt", weights_only=True)["world"] == 2  # rule 4 remembers the devices of all parts

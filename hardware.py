@@ -1,0 +1,77 @@
+"""What a machine can do: its device, the best dtype, the peak, and whether its compiler can be trusted."""
+
+import math
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from configurator import one_line
+
+# Dense fp16/bf16 tensor peaks in TFLOP/s: the first three as the paper counts them, the others from NVIDIA's data sheets.
+GPU_PEAKS = {
+    "2080 Ti": 53.8, "A4000": 88.5, "A6000": 154.8, "V100": 125, "T4": 65, "A5000": 111, "3090": 71, "4090": 165,
+    "5090": 209, "A100": 312, "A10": 125, "L40S": 362, "L40": 181, "L4": 121,
+    "H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250,
+}  # fmt: skip
+
+
+def pick_device(device):
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device != "auto" and not found[device]:
+        sys.exit(f"{Path(sys.argv[0]).name}: device = {device!r}, but torch sees none here; --device=auto takes what there is")
+    return next(d for d in found if found[d]) if device == "auto" else device
+
+
+def pick_dtype(where, dtype):
+    """bf16 where the hardware multiplies in it, fp16 on older GPUs, else fp32."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if where == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+    bf16 = where == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16")
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def peak_flops(where, act_dtype):
+    """(FLOP/s, what it is): of the table for known GPUs, else the best of some large matmuls."""
+    if where == "cuda":
+        name = torch.cuda.get_device_name()
+        for key, tflops in GPU_PEAKS.items():
+            if re.search(rf"\b{key}\b", name):
+                return tflops * 1e12, name
+    a, seconds = torch.rand(2048, 2048, generator=torch.Generator().manual_seed(0)).to(where, act_dtype), []
+    for _ in range(12):
+        start = time.monotonic()
+        (a @ a)[0, 0].item()
+        seconds.append(time.monotonic() - start)
+    return 2 * 2048**3 / min(seconds), f"measured on this {where}"
+
+
+def compiled(model, scale, *batch):
+    """The compiled model; or, with a warning, the model itself where no compiler works or the gradients differ.
+
+    The check is worth its seconds: torch 2.13 silently compiles one way to write rotary positions to wrong gradients.
+    """
+    gradients, matrices = [], [p for p in model.parameters() if p.ndim > 1]  # that of a key's bias is 0 but for noise
+    try:
+        fast = torch.compile(model, dynamic=False)  # shapes are fixed; a static graph is the fastest
+        for forward in (fast, model):
+            gradients.append(torch.autograd.grad(scale(forward(*batch)), matrices))
+    except torch.OutOfMemoryError:
+        if gradients:  # the eager pass needs more memory than the compiled one; go on unchecked
+            return fast
+        raise
+    except Exception as e:
+        print(f"train.py: warning: torch.compile does not work here, going on without: {one_line(e)}")
+        return model
+    # in thirds, so that queries, keys and values count one by one; in fp16 the first scales overflow
+    thirds = [(x, y) for a, b in zip(*gradients) if b.isfinite().all() for x, y in zip(a.chunk(3), b.chunk(3))]
+    errors = [((x - y).norm() / y.norm().clamp(min=1e-30)).nan_to_num(math.inf).item() for x, y in thirds]
+    error = max(errors, default=0.0)
+    if model.config.dropout == 0 and error > 0.5:  # with dropout the passes differ
+        print(f"train.py: warning: torch.compile changes a gradient by {error:.0%}, going on without")
+        return model
+    return fast
