@@ -149,9 +149,10 @@ class Block(nn.Module):
 
     def softmax(self, x, mask, rotary):
         B, T, D = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.config.n_head, -1).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(x).view(B, T, 3, self.config.n_head, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
         if self.config.qk_norm:
-            q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
+            q, k = F.rms_norm(qkv[:, :, :2], qkv.shape[-1:]).permute(2, 0, 3, 1, 4)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         y = attend(q, k, v, mask, self.config.dropout if self.training else 0.0)
