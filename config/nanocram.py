@@ -1,5 +1,6 @@
-# Our own recipe, inside the rules: crammed BERT with Muon, rotary positions, QK-norm, and <mask> in every masked place.
-# Chosen at 4 x 256 on a CPU (config/nanocram_cpu.py, results/README.md); at this size it has not been run.
+# An experiment: crammed BERT with Muon, rotary positions, QK-norm, and <mask> in every masked place. At 4 x 256 on a CPU
+# (config/nanocram_cpu.py) its val_loss is lower at equal time, but what it learns fine-tunes worse: results/README.md.
+# At this size it has not been run.
 exec(open("config/crammed.py").read())
 out_dir = "out/nanocram"
 
@@ -9,6 +10,10 @@ qk_norm = True
 mask_80_10_10 = False
 
 # A step of Muon moves a matrix by 0.2 lr sqrt(width) in its spectral norm. The same norm at three times the width of
-# nanocram_cpu.py, where 1e-2 was best, takes 1e-2 / sqrt(3).
+# nanocram_cpu.py, which has 6e-3, takes 6e-3 / sqrt(3).
 optimizer = "muon"
-learning_rate = 6e-3
+learning_rate = 3.5e-3
+weight_decay = 0.1
+schedule = "trapezoid"
+warmup = 0.05
+cooldown = 0.6

@@ -4,8 +4,10 @@ out_dir = "out/nanocram_cpu"
 
 qk_norm = True
 mask_80_10_10 = False
+
 optimizer = "muon"
 learning_rate = 6e-3
+weight_decay = 0.1
 schedule = "trapezoid"
 warmup = 0.05
 cooldown = 0.6
