@@ -22,6 +22,7 @@ import torch
 
 import train
 from finetune_glue import batches, collate
+from hardware import peak_flops, pick_device, pick_dtype
 from model import BERT, Classifier, Config, flops_per_token
 
 SHAPES = {  # layers, width, heads, vocabulary, rows in a micro-batch
@@ -69,7 +70,7 @@ def our_step(shape, where, compile):
     n_layer, width, heads, vocab, rows = shape
     config = Config(vocab_size=vocab, n_layer=n_layer, n_embd=width, n_head=heads, n_inner=4 * width, max_len=SEQ_LEN)
     model = BERT(config).to(where)
-    model.dtype = train.pick_dtype(where, "auto")
+    model.dtype = pick_dtype(where, "auto")
     opts, data = train.make_optimizers(model), np.random.default_rng(0).integers(5, vocab, (1000, SEQ_LEN)).astype(np.uint16)
     count, parts, generator = train.n_masked(SEQ_LEN, train.mask_rate), {}, torch.Generator(where).manual_seed(0)
     forward = torch.compile(model, dynamic=False) if compile else model
@@ -131,14 +132,14 @@ def their_step(kind, shape, where, dtype, compile):
 
 
 def bench_train(names):
-    where = train.pick_device("auto")
-    best = train.pick_dtype(where, "auto")
+    where = pick_device("auto")
+    best = pick_dtype(where, "auto")
     for name in names:
         shape, rows = SHAPES[name], SHAPES[name][4]
-        peak, peak_name = train.peak_flops(where, best)
+        peak, peak_name = peak_flops(where, best)
         print(f"{name}: {shape[0]} x {shape[1]}, vocabulary {shape[3]:,}, {rows} rows of {SEQ_LEN} a step")
         print(f"  peak {peak / 1e12:.2f} TFLOP/s in {str(best)[6:]} ({peak_name}), "
-              f"{train.peak_flops(where, torch.float32)[0] / 1e12:.2f} in float32")  # fmt: skip
+              f"{peak_flops(where, torch.float32)[0] / 1e12:.2f} in float32")  # fmt: skip
         ours, parts, flops = our_step(shape, where, True)
         candidates = {"nanoCram, compiled": ours, "nanoCram, eager": our_step(shape, where, False)[0]}
         for kind in ("Bert", "ModernBert"):
@@ -209,12 +210,12 @@ def bench_prepare(folder):
 def bench_finetune():
     """Lengths as in GLUE's single sentences and pairs: most are short. Batches of 16, width 256."""
     transformers = need_transformers()
-    where, rng = train.pick_device("auto"), np.random.default_rng(0)
+    where, rng = pick_device("auto"), np.random.default_rng(0)
     ids = {"pad": 0, "cls": 2, "sep": 3}
     rows = [[2, *rng.integers(5, 8192, max(int(n), 3)).tolist(), 3] for n in np.minimum(rng.gamma(3, 12, 1600), 120)]
     lengths = np.array([len(r) for r in rows])
     bert = BERT(Config(vocab_size=8192, n_layer=4, n_embd=256, n_head=4, n_inner=1024, dropout=0.1)).to(where)
-    bert.dtype = train.pick_dtype(where, "auto")
+    bert.dtype = pick_dtype(where, "auto")
     ours = Classifier(bert, 2).to(where).train()
     config = transformers.BertConfig(
         vocab_size=8192, hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=768

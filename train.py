@@ -455,7 +455,8 @@ def main(config):
                 sys.exit(
                     f"train.py: loss or gradient not finite {int(streak)} times in a row, step {state['step']:,}, learning "
                     f"rate {lr:.3g}, gradient norm {float(grad_norm):.3g}, first module with such an output: "
-                    f"{first_non_finite(model, *batches[0])}; lower learning_rate, or --dtype=float32; what was saved is whole"
+                    f"{first_non_finite(model, *batches[-1])}; lower learning_rate, or --dtype=float32; "
+                    "what was saved is intact"
                 )
             ckpt = load_checkpoint(out / "ckpt.pt", config)
             restore(ckpt)

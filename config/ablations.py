@@ -39,27 +39,18 @@ scales = {
     },
 }
 
+_minimal_architecture = {  # what makes BERT train in a day: pre-norm; [repo: arch crammed-bert-simple]
+    "n_layer": n_layer * 3 // 4,
+    "bias": True,
+    "glu": False,
+    "position": "learned",
+    "final_norm": False,
+    "head_transform": True,
+    "decoder_bias": True,
+}
 architecture = {
-    "original_architecture": {  # BERT's
-        "n_layer": n_layer * 3 // 4,
-        "norm_place": "post",
-        "bias": True,
-        "glu": False,
-        "position": "learned",
-        "final_norm": False,
-        "head_transform": True,
-        "decoder_bias": True,
-        "token_types": 2,
-    },
-    "minimal_architecture": {  # what makes it train: pre-norm; [repo: arch crammed-bert-simple]
-        "n_layer": n_layer * 3 // 4,
-        "bias": True,
-        "glu": False,
-        "position": "learned",
-        "final_norm": False,
-        "head_transform": True,
-        "decoder_bias": True,
-    },
+    "original_architecture": _minimal_architecture | {"norm_place": "post", "token_types": 2},  # BERT's
+    "minimal_architecture": _minimal_architecture,
     "fourier": {"attention": "fourier", "position": "scaled_sinusoidal"},
     "flash": {"attention": "flash"},
     "half_of_heads": {"n_head": max(n_head // 2, 1)},
