@@ -3,12 +3,14 @@
 python bench.py train [SHAPE ...]     full training steps, against BertForMaskedLM and ModernBertForMaskedLM of transformers
 python bench.py prepare FOLDER        prepare.py, against raw encode_batch and against datasets.map
 python bench.py finetune              examples/s, against a plain loop of transformers that pads to 128
+python bench.py score RUN GLUE TASK   what such a loop scores on a task, from the run's model, to set beside RUN/glue.json
 
 SHAPE is one of demo (4 x 256, vocabulary 8,192), small (12 x 384, 32,768) and crammed (16 x 768, 32,768). The candidates
 take turns, so that a noisy machine is noisy for all of them; shown are medians and, in brackets, the extremes.
 """
 
 import gc
+import json
 import os
 import subprocess
 import sys
@@ -20,7 +22,9 @@ from statistics import median
 import numpy as np
 import torch
 
+import finetune_glue
 import train
+from export_hf import export
 from finetune_glue import batches, collate
 from hardware import peak_flops, pick_device, pick_dtype
 from model import BERT, Classifier, Config, flops_per_token
@@ -254,6 +258,50 @@ def bench_finetune():
         show(label, seconds, len(rows), "examples/s", base)
 
 
+def bench_score(run, glue, name, seeds=2):
+    """The exported model in a plain loop of transformers: shuffled, padded to 128, fp32; settings of config/cpu.py."""
+    transformers = need_transformers()
+    finetune_glue.glue_dir, where = glue, pick_device("auto")
+    task = finetune_glue.load_task(name)
+    (dev,) = task.dev.values()
+    with tempfile.TemporaryDirectory() as home:
+        folder = Path(home, "model")
+        export(Path(run), folder)
+        config = json.loads((folder / "config.json").read_text())
+        config["architecture"]["dropout"] = 0.1
+        (folder / "config.json").write_text(json.dumps(config | {"pooling": "mean"}))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+
+        def inputs(examples):
+            texts = [[e[k] for e in examples] for k in range(2 if examples[0][1] is not None else 1)]
+            return tokenizer(*texts, padding="max_length", truncation=True, max_length=SEQ_LEN, return_tensors="pt").to(where)
+
+        for seed in range(seeds):
+            torch.manual_seed(seed)
+            n = len(task.labels) or 1
+            load = transformers.AutoModelForSequenceClassification.from_pretrained
+            model, start = load(folder, trust_remote_code=True, num_labels=n).to(where), time.monotonic()
+            opt = torch.optim.AdamW(model.parameters(), lr=2e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0)
+            steps = 5 * (len(task.train) // 16)
+            schedule = transformers.get_cosine_schedule_with_warmup(opt, steps // 10, steps)
+            for _ in range(5):
+                model.train()
+                for index in torch.randperm(len(task.train))[: len(task.train) // 16 * 16].split(16):
+                    some = [task.train[i] for i in index]
+                    model(**inputs(some), labels=torch.tensor([e[2] for e in some], device=where)).loss.backward()
+                    opt.step()
+                    schedule.step()
+                    opt.zero_grad()
+            seconds = time.monotonic() - start
+            model.eval()
+            with torch.no_grad():
+                out = torch.cat([model(**inputs(dev[i : i + 64])).logits.cpu() for i in range(0, len(dev), 64)])
+            found = out[:, 0] if n == 1 else out.argmax(-1)
+            score = finetune_glue.METRICS[task.metric](found.numpy(), np.array([e[2] for e in dev]))
+            rate = 16 * steps / seconds
+            print(f"{name}, seed {seed}: {task.metric} {score:.1f}, {seconds:.0f} s, {rate:.0f} examples/s", flush=True)
+
+
 if __name__ == "__main__":
     what, rest = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
     if what == "train" and set(rest) <= SHAPES.keys():
@@ -262,5 +310,7 @@ if __name__ == "__main__":
         bench_prepare(Path(rest[0]).resolve())
     elif what == "finetune" and not rest:
         bench_finetune()
+    elif what == "score" and len(rest) == 3:
+        bench_score(*rest)
     else:
         sys.exit(__doc__.strip())

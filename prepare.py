@@ -81,6 +81,31 @@ def digest(data):
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
 
+class HeldOut:
+    """Those with the smallest hashes of all that is added, as few as weigh `budget` together, each content once.
+
+    So the choice depends on the contents alone, whatever their order, and an exact copy of one is known by its hash.
+    """
+
+    def __init__(self, budget):
+        self.budget, self.weight, self.heap, self.hashes = budget, 0, [], set()
+
+    def add(self, data, weight, *item):
+        if (h := digest(data)) in self.hashes:
+            return
+        heapq.heappush(self.heap, (-h, weight, *item))
+        self.hashes.add(h)
+        self.weight += weight
+        while self.weight - self.heap[0][1] >= self.budget:
+            h, weight, *_ = heapq.heappop(self.heap)
+            self.hashes.discard(-h)
+            self.weight -= weight
+
+    def sorted(self):
+        """[(hash, item ...)], the smallest hash first."""
+        return sorted((-h, *item) for h, _, *item in self.heap)
+
+
 def documents(counts):
     """(document, label) of all sources, in turns: each has its share, by `weight`, of the characters or token ids."""
     entries = check_sources(sources)
@@ -108,13 +133,8 @@ def expected_bytes():
 
 
 def spool(path, counts):
-    """Reads all sources into `path`. Returns the held-out [(hash, text, label)], sorted.
-
-    Held out are the documents with the smallest hashes. So the choice depends on the documents alone, whatever their
-    order, and an exact copy of a held-out document is known by its hash.
-    """
-    budget = val_rows * seq_len * CHARS_PER_TOKEN + (TASK_CHARS if "docs" in sources else 0)
-    held, held_chars, hashes = [], 0, set()
+    """Reads all sources into `path`. Returns the held-out [(hash, text, label)], sorted."""
+    held = HeldOut(val_rows * seq_len * CHARS_PER_TOKEN + (TASK_CHARS if "docs" in sources else 0))
     bar = tqdm(desc="reading", total=expected_bytes() or None, unit=" chars", unit_scale=True, disable=None)
     with open(path, "wb") as f, bar:
         for text, label in documents(counts):
@@ -137,25 +157,17 @@ def spool(path, counts):
                 counts["characters"] += len(part)
                 bar.update(len(part))
                 f.write(part.encode() + b"\0")
-                if (h := digest(part.encode())) in hashes:
-                    continue
-                heapq.heappush(held, (-h, part, label))
-                hashes.add(h)
-                held_chars += len(part)
-                while held_chars - len(held[0][1]) >= budget:
-                    h, out, _ = heapq.heappop(held)
-                    hashes.discard(-h)
-                    held_chars -= len(out)
+                held.add(part.encode(), len(part), part, label)
             if max_chars and counts["characters"] >= max_chars:
                 break
-    if not held:
+    if not held.heap:
         sys.exit(f"prepare.py: the sources {sources} hold no text")
-    if counts["characters"] < 5 * held_chars:
+    if counts["characters"] < 5 * held.weight:
         sys.exit(
             f"prepare.py: the corpus has {counts['characters']:,} characters in {counts['documents']:,} documents, too few to "
             f"hold out val_rows = {val_rows} rows of {seq_len} tokens; lower val_rows, or add text"
         )
-    return sorted((-h, text, label) for h, text, label in held)
+    return held.sorted()
 
 
 def read_spool(path, cutoff):
@@ -342,7 +354,7 @@ def copy_rows(work, size, counts):
 
     size: ids of the tokenizer. Returns the number of the others.
     """
-    held, hashes = [], set()
+    held = HeldOut(val_rows)
     with open(work / "spool", "wb") as f:
         for row, _ in tqdm(documents(counts), "reading", unit=" rows", unit_scale=True, disable=None):
             if not isinstance(row, list) or not all(type(i) is int for i in row):
@@ -354,18 +366,14 @@ def copy_rows(work, size, counts):
                 sys.exit(f"prepare.py: a row of the source has an id outside [0, {size}), the tokenizer's")
             data = np.array(row, np.uint16).tobytes()
             f.write(data)
-            if (h := digest(data)) not in hashes:
-                heapq.heappush(held, (-h, data))
-                hashes.add(h)
-                if len(held) > val_rows:
-                    hashes.discard(-heapq.heappop(held)[0])
-    n_rows, cutoff = 0, -held[0][0] if held else 0
-    if len(held) < val_rows:
-        sys.exit(f"prepare.py: the sources have {len(held)} different rows, too few for val_rows = {val_rows}")
-    (work / "val.bin").write_bytes(b"".join(data for _, data in sorted(held, reverse=True)))
+            held.add(data, 1, data)
+    validation, n_rows = held.sorted(), 0
+    if len(validation) < val_rows:
+        sys.exit(f"prepare.py: the sources have {len(validation)} different rows, too few for val_rows = {val_rows}")
+    (work / "val.bin").write_bytes(b"".join(data for _, data in validation))
     with open(work / "spool", "rb") as spool, open(work / "unordered", "wb") as f:
         while data := spool.read(2 * seq_len):
-            if digest(data) > cutoff:
+            if digest(data) > validation[-1][0]:
                 f.write(data)
                 n_rows += 1
     counts["tokens"] = n_rows * seq_len
