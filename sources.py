@@ -180,11 +180,12 @@ def txt_documents(lines, txt_document):
     document, size = [], 0
     try:
         for line in lines:
-            ends = txt_document == "line" or (txt_document == "blank_line" and not line.strip()) or size > 1_000_000
+            blank = line.isspace()
+            ends = txt_document == "line" or (txt_document == "blank_line" and blank) or size > 1_000_000
             if document and ends:
                 yield {"text": "".join(document)}
                 document, size = [], 0
-            if line.strip():
+            if not blank:
                 document.append(line)
                 size += len(line)
     finally:  # also where the file is torn

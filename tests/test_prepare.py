@@ -1,6 +1,7 @@
 import csv
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -14,7 +15,7 @@ import pytest
 from conftest import ROOT, TINY, sentences, start
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import prepare
 import rows
@@ -62,15 +63,12 @@ def test_every_token_is_in_one_row_and_no_validation_document_in_training(tiny_d
 @given(st.lists(st.lists(st.integers(5, 99), max_size=40), min_size=1, max_size=12), st.integers(1, 9))
 def test_pack_keeps_every_token_in_order(tmp_path_factory, documents, seq_len):
     """pack() with a tokenizer that reads numbers: the rows are the documents, each with <sep>, up to the last full row."""
-
-    class Numbers:
-        def encode_batch_fast(self, texts, add_special_tokens):
-            return [type("E", (), {"ids": [int(w) for w in t.split()]}) for t in texts]
-
+    numbers = Tokenizer(models.WordLevel({str(i): i for i in range(100)}, unk_token="1"))
+    numbers.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     path = tmp_path_factory.mktemp("pack") / "rows"
     old, prepare.seq_len = prepare.seq_len, seq_len
     texts, ids = [" ".join(map(str, d)) for d in documents], {"cls": 2, "sep": 3, "unk": 1}
-    n_rows, _ = prepare.pack(path, Numbers(), texts, ids, prepare.Counter(), 0, None)
+    n_rows, _ = prepare.pack(path, numbers, texts, ids, prepare.Counter(), 0, None)
     prepare.seq_len = old
     expected = [t for d in documents if d for t in [*d, 3]]  # a document without tokens leaves no <sep> either
     assert np.fromfile(path, np.uint16).tolist() == expected[: len(expected) // seq_len * seq_len]
@@ -140,6 +138,23 @@ def test_normaliser_and_round_trip(run):
     assert tokenizer.decode(tokenizer.encode(text).ids).replace(" .", ".") == text.replace(" .", ".")
     run("prepare.py", *TINY, "--dataset=b", "--lowercase=False", "--strip_accents=False", "--ascii_only=False")
     assert bins("b")[3].normalizer.normalize_str("Café 中") == "Café 中"
+
+
+@pytest.mark.parametrize("to_ascii", [True, False])
+def test_ascii_is_encoded_as_the_whole_tokenizer_does(monkeypatch, to_ascii):
+    for key, value in {"vocab_size": 80, "ascii_only": to_ascii, "strip_accents": to_ascii}.items():
+        monkeypatch.setattr(prepare, key, value)
+    words = " ".join(map("".join, itertools.product("ab9é", repeat=4)))
+    tokenizer = prepare.train_tokenizer(lambda: iter([words, "é å ª ß 中 - < . , '"] * 9))
+    letters = st.text(alphabet="aAbB9 \n\t.,'\"`<>-_éÉåªﬁ\u0301\u00a0ß中", max_size=60)
+
+    @settings(max_examples=200, deadline=None)
+    @given(st.lists(letters, max_size=4))
+    def check(texts):
+        found = [ids.tolist() for _, batch in prepare.encode_ahead(tokenizer, texts) for ids in batch]
+        assert found == [e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+    check()
 
 
 def test_transformers_opens_the_tokenizer_and_encodes_alike(tiny_data):
