@@ -275,7 +275,7 @@ def bench_score(run, glue, name, seeds=2):
         config = json.loads((folder / "config.json").read_text())
         config["architecture"]["dropout"] = 0.1
         (folder / "config.json").write_text(json.dumps(config | {"pooling": "mean"}))
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 
         def inputs(examples):
             texts = [[e[k] for e in examples] for k in range(2 if examples[0][1] is not None else 1)]
