@@ -11,9 +11,11 @@ out/sweep/<name>-<seed>/ are runs like any other; out/sweep/table.md and sweep.p
 """
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +39,13 @@ def words_of(name, extra):
 
 
 def call(script, words):
-    """Runs a stage. Whatever stops the sweep stops it first, and lets it save."""
+    """Runs a stage. Whatever stops the sweep stops it first, and lets it save.
+
+    Each has a compile cache of its own: compilation is part of the budget, so all runs have to pay for it.
+    """
     print(f"== {script} {' '.join(words)}", flush=True)
-    child = subprocess.Popen([sys.executable, ROOT / script, *words])
+    cache = tempfile.TemporaryDirectory()
+    child = subprocess.Popen([sys.executable, ROOT / script, *words], env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache.name})
 
     def stop(number, frame):
         child.terminate()
@@ -51,6 +57,8 @@ def call(script, words):
     except KeyboardInterrupt:  # a Ctrl-C in the terminal has reached the child, too
         child.wait()
         raise
+    finally:
+        cache.cleanup()
 
 
 def run(name, seed, extra):

@@ -72,15 +72,16 @@ architecture = {
     "head_transform": {"head_transform": True},
     "decoder_bias": {"decoder_bias": True},
     "untied": {"tie_weights": False},
-    # the ladder of sizes, all for the same time; at full scale 2, 4, 8, 12 and 24 layers, and widths of 256, 512 and 1,024
+    # the ladder of sizes, all for the same time; at full scale 2, 4, 8, 12 and 24 layers, and widths of 256, 384, 512 and 1,024
     "eighth_depth": {"n_layer": max(n_layer // 8, 1)},
     "quarter_depth": {"n_layer": max(n_layer // 4, 1)},
     "half_depth": {"n_layer": max(n_layer // 2, 1)},
     "three_quarters_depth": {"n_layer": max(n_layer * 3 // 4, 1)},
     "one_and_a_half_depth": {"n_layer": n_layer * 3 // 2},
-    "third_width": _heads(n_head // 3),
-    "two_thirds_width": _heads(n_head * 2 // 3),
-    "four_thirds_width": _heads(n_head * 4 // 3),
+    "third_width": _heads(round(n_head / 3)),
+    "half_width": _heads(n_head // 2),
+    "two_thirds_width": _heads(round(n_head * 2 / 3)),
+    "four_thirds_width": _heads(round(n_head * 4 / 3)),
 }
 
 _original_training = {  # BERT's, its schedule tied to the budget
