@@ -102,16 +102,21 @@ def our_step(shape, where, compile):
 
 
 def their_step(kind, shape, where, dtype, compile):
-    """A step of a model of transformers, its feed-forward as large as ours in parameters; logits at all positions."""
+    """A step of a model of transformers, its feed-forward as large as ours in parameters.
+
+    ModernBERT's logits are at the masked positions alone, as ours; BertForMaskedLM knows only all of them.
+    """
     transformers = need_transformers()
     n_layer, width, heads, vocab, rows = shape
     common = {"vocab_size": vocab, "hidden_size": width, "num_hidden_layers": n_layer, "num_attention_heads": heads}
     if kind == "Bert":
-        config = transformers.BertConfig(**common, intermediate_size=3 * width, max_position_embeddings=SEQ_LEN)
+        rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # as ours
+        config = transformers.BertConfig(**common, **rates, intermediate_size=3 * width, max_position_embeddings=SEQ_LEN)
     else:
         config = transformers.ModernBertConfig(
             **common,
             intermediate_size=2 * width,
+            sparse_prediction=True,
             pad_token_id=0,
             bos_token_id=2,
             eos_token_id=3,
@@ -205,8 +210,10 @@ def bench_prepare(folder):
 
         def usual():
             data = datasets.Dataset.from_dict({"text": texts})
-            data = data.map(tokenize, batched=True, remove_columns="text", num_proc=2)
-            data.map(group, batched=True, num_proc=2).shuffle(seed=0).save_to_disk(Path(home, f"usual{next(runs)}"))
+            data = data.map(tokenize, batched=True, remove_columns="text", num_proc=os.cpu_count())
+            data.map(group, batched=True, num_proc=os.cpu_count()).shuffle(seed=0).save_to_disk(
+                Path(home, f"usual{next(runs)}")
+            )
 
         print(f"prepare: {size / 1e6:.0f} M characters")
         times = take_turns({"tokenizers.encode_batch alone": raw, "prepare.py": ours, "datasets.map": usual}, repeats=2)
@@ -263,36 +270,45 @@ def bench_finetune():
         show(label, seconds, len(rows), "examples/s", base)
 
 
-def bench_score(run, glue, name, seeds=2):
-    """The exported model in a plain loop of transformers: shuffled, padded to 128, fp32; settings of config/cpu.py."""
-    transformers = need_transformers()
-    finetune_glue.glue_dir, where = glue, pick_device("auto")
-    task = finetune_glue.load_task(name)
-    (dev,) = task.dev.values()
+def bench_score(run, glue, name):
+    """The exported model in a plain loop of transformers: shuffled, padded to 128, fp32; settings as in RUN/glue.json."""
+    transformers, where = need_transformers(), pick_device("auto")
+    card = json.loads(Path(run, "glue.json").read_text())["rows"] if Path(run, "glue.json").exists() else {}
+    finetune_glue.glue_dir, ours = glue, card.get("run", {}).get(name)
+    if not ours or name == "mnli":
+        sys.exit(
+            f"bench.py: {run}/glue.json has no score of {name} with one dev set; run finetune_glue.py --tasks={name} first"
+        )
+    print(f"finetune_glue.py: {name} {', '.join(f'{x:.1f}' for x in ours['scores'])}")
+    task, setting = finetune_glue.load_task(name), {k.removeprefix("glue_"): v for k, v in ours["settings"].items()}
+    (dev,), train = task.dev.values(), task.train
+    if 0 < setting["max_train"] < len(train):
+        train = [train[i] for i in np.random.default_rng(0).choice(len(train), setting["max_train"], replace=False)]
+    size = setting["batch_size"]
     with tempfile.TemporaryDirectory() as home:
         folder = Path(home, "model")
         export(Path(run), folder)
-        config = json.loads((folder / "config.json").read_text())
-        config["architecture"]["dropout"] = 0.1
-        (folder / "config.json").write_text(json.dumps(config | {"pooling": "mean"}))
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        more = {"trust_remote_code": True, "num_labels": len(task.labels) or 1}
+        if json.loads((folder / "config.json").read_text())["model_type"] == "nanocram":
+            more |= {"pooling": setting["pooling"], "classifier_dropout": setting["dropout"]}
 
         def inputs(examples):
-            texts = [[e[k] for e in examples] for k in range(2 if examples[0][1] is not None else 1)]
-            return tokenizer(*texts, padding="max_length", truncation=True, max_length=SEQ_LEN, return_tensors="pt").to(where)
+            first, second = [e[0] for e in examples], [e[1] or "" for e in examples]
+            common = {"padding": "max_length", "truncation": True, "max_length": SEQ_LEN, "return_tensors": "pt"}
+            return tokenizer(first, second, **common).to(where)
 
-        for seed in range(seeds):
+        for seed in range(len(ours["scores"])):
             torch.manual_seed(seed)
-            n = len(task.labels) or 1
-            load = transformers.AutoModelForSequenceClassification.from_pretrained
-            model, start = load(folder, trust_remote_code=True, num_labels=n).to(where), time.monotonic()
-            opt = torch.optim.AdamW(model.parameters(), lr=2e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0)
-            steps = 5 * (len(task.train) // 16)
-            schedule = transformers.get_cosine_schedule_with_warmup(opt, steps // 10, steps)
-            for _ in range(5):
+            model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, **more).to(where)
+            start, steps = time.monotonic(), setting["epochs"] * (len(train) // size)
+            common = {"lr": setting["learning_rate"], "weight_decay": setting["weight_decay"]}
+            opt = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), eps=1e-6, fused=True, **common)
+            schedule = transformers.get_cosine_schedule_with_warmup(opt, int(setting["warmup"] * steps), steps)
+            for _ in range(setting["epochs"]):
                 model.train()
-                for index in torch.randperm(len(task.train))[: len(task.train) // 16 * 16].split(16):
-                    some = [task.train[i] for i in index]
+                for index in torch.randperm(len(train))[: len(train) // size * size].split(size):
+                    some = [train[i] for i in index]
                     model(**inputs(some), labels=torch.tensor([e[2] for e in some], device=where)).loss.backward()
                     opt.step()
                     schedule.step()
@@ -301,10 +317,10 @@ def bench_score(run, glue, name, seeds=2):
             model.eval()
             with torch.no_grad():
                 out = torch.cat([model(**inputs(dev[i : i + 64])).logits.cpu() for i in range(0, len(dev), 64)])
-            found = out[:, 0] if n == 1 else out.argmax(-1)
+            found = out.argmax(-1) if task.labels else out[:, 0]
             score = finetune_glue.METRICS[task.metric](found.numpy(), np.array([e[2] for e in dev]))
-            rate = 16 * steps / seconds
-            print(f"{name}, seed {seed}: {task.metric} {score:.1f}, {seconds:.0f} s, {rate:.0f} examples/s", flush=True)
+            rate = size * steps / seconds
+            print(f"transformers, seed {seed}: {name} {score:.1f}, {seconds:.0f} s, {rate:.0f} examples/s", flush=True)
 
 
 if __name__ == "__main__":

@@ -70,11 +70,13 @@ def run_file(path, **names):
     """The names that a file sets, beside those given. A leading _, functions and modules do not count."""
     names["__file__"] = path
     try:
-        exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), names)
+        exec(compile(Path(path).read_text(encoding="utf-8-sig"), path, "exec"), names)
     except FileNotFoundError as e:
         sys.exit(f"config: {e.filename} does not exist; run from the repository's folder, as in config/demo.py")
+    except (OSError, UnicodeDecodeError) as e:
+        sys.exit(f"config: {path} cannot be read: {one_line(e)}")
     except Exception as e:
-        own = isinstance(e, SyntaxError) and e.filename == path  # not that of a base which the file execs
+        own = isinstance(e, SyntaxError) and e.filename in (path, None)  # not that of a base which the file execs
         line = e.lineno if own else e.__traceback__.tb_next.tb_lineno
         sys.exit(f"config: {path}, line {line}: {type(e).__name__}: {e}")
     return {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, ModuleType) and not callable(v)}

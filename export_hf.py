@@ -10,6 +10,7 @@ A model with the architecture of BERT becomes a BertForMaskedLM, any other one b
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -101,9 +102,9 @@ def load_bert(source):
         if kinds != ("bert", "gelu", "absolute"):
             sys.exit(f"export_hf.py: {folder} is a {', '.join(kinds)}; only a bert, gelu, absolute can be loaded")
         state = load_weights(folder)
-        weights = from_hf(state, c["num_hidden_layers"])
-    except (OSError, KeyError, ValueError) as e:
-        sys.exit(f"export_hf.py: {folder} is no complete BERT: {type(e).__name__}: {e}")
+        weights, tokenizer = from_hf(state, c["num_hidden_layers"]), load_tokenizer(folder)
+    except Exception as e:  # safetensors and tokenizers raise nothing more special
+        sys.exit(f"export_hf.py: {folder} is no complete BERT: {one_line(e)}")
     config = Config(
         vocab_size=c["vocab_size"], n_layer=c["num_hidden_layers"], n_head=c["num_attention_heads"], n_embd=c["hidden_size"],
         n_inner=c["intermediate_size"], max_len=c["max_position_embeddings"], norm_eps=c.get("layer_norm_eps", 1e-12),
@@ -111,7 +112,7 @@ def load_bert(source):
         head_transform="decoder_bias" in weights, decoder_bias="decoder_bias" in weights,
     )  # fmt: skip
     pooler = {k: v.float() for k in ("weight", "bias") for n, v in state.items() if n.endswith(f"pooler.dense.{k}")}
-    return config, weights, load_tokenizer(folder), pooler or None
+    return config, weights, tokenizer, pooler or None
 
 
 def load_weights(folder):
@@ -121,12 +122,7 @@ def load_weights(folder):
         except ImportError:
             sys.exit(f"export_hf.py: {folder / 'model.safetensors'} needs `pip install safetensors`")
         return load_file(folder / "model.safetensors")
-    try:
-        return torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as e:
-        raise ValueError(f"pytorch_model.bin cannot be read: {type(e).__name__}") from e
+    return torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
 
 
 def load_tokenizer(folder):
@@ -258,7 +254,8 @@ def export(run, to, task=None):
                 pairs = [(token, tokenizer.token_to_id(token)) for token in (cls, sep)]
                 single, pair = f"{cls} $A {sep} {sep}", f"{cls} $A {sep} $B:1 {sep}:1"
                 tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=pairs)
-        hf = own_config(config, "NanocramForSequenceClassification" if task else "NanocramForMaskedLM", **more)
+        kind = "NanocramForSequenceClassification" if task else "NanocramForMaskedLM"
+        hf = own_config(config if task else replace(config, dropout=0.1), kind, **more)  # for who fine-tunes it, as BERT's
         (aside / "modeling_nanocram.py").write_text(modelling_file())
     hf |= {"dtype": "float32", "pad_token_id": tokenizer.token_to_id(special["pad_token"])}
     save_file({k: v.contiguous() for k, v in weights.items()}, aside / "model.safetensors", {"format": "pt"})

@@ -45,7 +45,7 @@ def main(args):
     words = [a for a in args if not a.startswith("--")]
     options = dict(a[2:].partition("=")[::2] for a in args if a.startswith("--"))
     top = options.get("top", "5")
-    if len(words) not in (1, 2) or options.keys() - {"top", "interactive"} or not top.isdigit() or top == "0":
+    if len(words) not in (1, 2) or options.keys() - {"top", "interactive"} or not top.isdecimal() or top == "0":
         sys.exit(__doc__.strip())
     run = load(words[0])
     interactive = "interactive" in options
@@ -66,3 +66,5 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except (EOFError, KeyboardInterrupt):
         print()
+    except UnicodeDecodeError as e:
+        sys.exit(f"fill_mask.py: a text is not in the encoding of this terminal: {e}")

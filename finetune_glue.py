@@ -235,9 +235,9 @@ def load_task(entry):
     """The Task of an entry of `tasks`, with the labels as numbers. SystemExit, one line, if it cannot be."""
     if isinstance(entry, dict):
         task = load_own(entry)
-    elif entry in GLUE:
+    elif isinstance(entry, str) and entry in GLUE:
         task = load_glue(entry)
-    elif entry in DOCS:
+    elif isinstance(entry, str) and entry in DOCS:
         task = load_docs(entry)
     else:
         sys.exit(f"finetune_glue.py: there is no task {entry!r}; known are {', '.join([*GLUE, 'ax', *DOCS])}, and dicts")
@@ -291,10 +291,11 @@ def batches(lengths, size, rng=None):
 
 
 def collate(rows, index, ids, where):
-    """Padded ids, mask and segments (1 behind the first <sep>), each (B, T), on a GPU with T a multiple of 8."""
+    """Padded ids, mask and segments (1 behind the first <sep>), each (B, T), on a GPU with T a multiple of 8 where it can."""
     parts = [torch.tensor(rows[i]) for i in index]
     tokens = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=ids["pad"])
-    tokens = F.pad(tokens, (0, -tokens.size(1) % (8 if where == "cuda" else 1)), value=ids["pad"])
+    if where == "cuda":
+        tokens = F.pad(tokens, (0, min(-tokens.size(1) % 8, glue_max_len - tokens.size(1))), value=ids["pad"])
     mask = torch.arange(tokens.size(1)) < torch.tensor([len(p) for p in parts])[:, None]
     is_sep = (tokens == ids["sep"]).long()
     types = ((is_sep.cumsum(1) - is_sep) > 0).long() * mask
@@ -386,6 +387,10 @@ def load_start(out):
     tokenizer.encode_special_tokens = True  # "<mask>" in a text is text
     if glue_max_len > model_config.max_len:
         sys.exit(f"finetune_glue.py: glue_max_len = {glue_max_len} is over the model's max_len = {model_config.max_len}")
+    try:
+        BERT(model_config).load_state_dict(weights)
+    except (RuntimeError, ValueError) as e:
+        sys.exit(f"finetune_glue.py: the weights of {glue_init} do not fit their config: {one_line(e)}")
     ids = {name: tokenizer.token_to_id(special_token(tokenizer, name)) for name in ("pad", "cls", "sep")}
     return model_config, weights, tokenizer, ids, pooler
 
@@ -399,6 +404,8 @@ def main(config):
         bert = BERT(model_config)
         if glue_init != "scratch":
             bert.load_state_dict(weights)
+        if glue_init == "run" and model_config.token_types:  # pretraining has seen one segment: the other starts as it
+            bert.type_embedding.weight.data[1:] = bert.type_embedding.weight.data[0]
         bert.dtype = pick_dtype(where, dtype)
         model = Classifier(bert, n_classes, glue_pooling, glue_dropout, len(pooler["bias"]) if pooler else 1024)
         if pooler:
@@ -411,9 +418,8 @@ def main(config):
     card = json.loads((out / "glue.json").read_text()) if (out / "glue.json").exists() else {"rows": {}}
     card |= {"settings": own, "versions": {"python": platform.python_version(), "torch": str(torch.__version__)}}
     row, jobs = card["rows"].setdefault(glue_init, {}), []
-    kept = (
-        out if glue_init == "run" else out / glue_init.strip("./").replace("/", "-")
-    )  # predictions and classifiers of each start
+    # predictions and classifiers of each start
+    kept = out if glue_init == "run" else out / glue_init.strip("./").replace("/", "-")
     names = [task.get("name") if isinstance(task, dict) else task for task in tasks]
     if twice := {name for name in names if names.count(name) > 1}:
         sys.exit(f"finetune_glue.py: `tasks` has two of the name {twice.pop()!r}")
@@ -439,7 +445,8 @@ def main(config):
             dev = {name: (*encode(tokenizer, ids, x), metrics[name]) for name, x in task.dev.items()}
             jobs += [(task, seed, train, dev, test if seed == 0 else {}, common, files, same) for seed in seeds]
 
-    with tqdm(total=sum(glue_epochs * len(job[2][0]) for job in jobs), unit=" examples", disable=None, smoothing=0) as bar:
+    counts = [len(rows) - len(rows) % min(glue_batch_size, len(rows)) for _, _, (rows, _), *_ in jobs]  # no partial batches
+    with tqdm(total=glue_epochs * sum(counts), unit=" examples", disable=None, smoothing=0) as bar:
         for task, seed, train, dev, test, common, files, same in jobs:
             bar.set_description(f"{glue_init}: {task.name}, seed {seed}")
             start, n_classes = time.monotonic(), len(task.labels) or 1

@@ -247,7 +247,8 @@ class BERT(nn.Module):
             raise ValueError(f"a sequence of {T} tokens is longer than max_len = {c.max_len}")
         x, rotary = self.embedding(ids), None
         if c.token_types:
-            x = x + (self.type_embedding.weight[0] if types is None else self.type_embedding(types))
+            segments = self.type_embedding.weight
+            x = x + (segments[0] if types is None else F.embedding(types.clamp(max=c.token_types - 1), segments))
         if c.position == "learned":
             x = x + self.position_embedding.weight[:T]
         elif c.position == "scaled_sinusoidal":

@@ -121,7 +121,7 @@ def draw_card(run, file):
 
 
 def draw_losses(losses, file):
-    """{name: val_loss of each seed}: a dot each; the first name's range, with two seeds or more, as a band behind all."""
+    """{name: val_loss of each seed}: a dot each; the first one's range, with two seeds or more, as a band behind all."""
     first, *others = losses
     names = [first, *sorted(others, key=lambda name: np.mean(losses[name]))]
     fig, ax = plt.subplots(figsize=(8, 1.2 + 0.3 * len(names)), constrained_layout=True)
@@ -138,15 +138,27 @@ def draw_losses(losses, file):
 def power_law(points):
     """Fits loss = (c / flops) ** b to those (flops, loss) that no point with less compute undercuts: the envelope.
 
-    Returns (c, b, standard error of b, the envelope). The error takes the points for independent, and most of them are
-    from the middle of a run, before its learning rate has come down.
+    Returns (c, b, the envelope).
     """
     envelope = []
     for flops, loss in sorted(points):
         if not envelope or loss < envelope[-1][1]:
             envelope.append((flops, loss))
+    if len(envelope) < 3:
+        sys.exit("plot.py: --scaling takes three points on the envelope; evaluate more often, or name more runs")
     fit = linregress(*np.log(envelope).T)
-    return math.exp(-fit.intercept / fit.slope), -fit.slope, fit.stderr, envelope
+    return math.exp(-fit.intercept / fit.slope), -fit.slope, envelope
+
+
+def jackknife(runs):
+    """Standard error of power_law's b over runs, each a list of points: leaves out one at a time. nan for fewer than three.
+
+    The points of one run are not independent, and most are from before its learning rate has come down; runs are.
+    """
+    if len(runs) < 3:
+        return math.nan
+    left = [power_law(sum(runs[:i] + runs[i + 1 :], []))[1] for i in range(len(runs))]
+    return math.sqrt((len(left) - 1) * np.var(left))
 
 
 def draw_scaling(runs, file):
@@ -154,17 +166,16 @@ def draw_scaling(runs, file):
     logs = [[e for e in read_log(run) if "flops" in e] for run in runs]
     if not comparable(runs):
         sys.exit("plot.py: --scaling takes runs of one tokenizer and val.bin")
-    if sum(map(len, logs)) < 3:
-        sys.exit("plot.py: --scaling takes three evaluations or more, from logs with `flops`")
     fig, axes = plt.subplots(1, 2, figsize=(12, 4.5), constrained_layout=True, sharey=True)
     styles = ["-", "--", ":"]  # for more runs than colours
     for i, (run, log) in enumerate(zip(runs, logs)):
         look = {"color": COLORS[i % len(COLORS)], "ls": styles[i // len(COLORS) % 3], "marker": "o", "ms": 3, "lw": 1.3}
         for ax, key, unit in zip(axes, ("flops", "hours"), (1, 60)):
             ax.plot([unit * e[key] for e in log], [e["val_loss"] for e in log], label=Path(run).name, **look)
-    c, b, error, envelope = power_law([(e["flops"], e["val_loss"]) for log in logs for e in log])
+    points = [[(e["flops"], e["val_loss"]) for e in log] for log in logs]
+    (c, b, envelope), error = power_law(sum(points, [])), jackknife(points)
     xs = np.geomspace(envelope[0][0], envelope[-1][0])
-    axes[0].plot(xs, (c / xs) ** b, color="0.4", lw=3, alpha=0.4, label=f"(C / FLOPs)^b, b = {b:.3f} ± {error:.3f}")
+    axes[0].plot(xs, (c / xs) ** b, color="0.4", lw=3, alpha=0.4, label=f"(C / FLOPs)^b, b = {b:.3f} ± {error:.3f} over runs")
     axes[0].set(xscale="log", yscale="log", xlabel="FLOPs of the model, forward and backward")
     axes[1].set(xlabel="minutes of wall clock")
     axes[0].set_ylabel("validation loss (nats per masked token)")
@@ -175,7 +186,10 @@ def draw_scaling(runs, file):
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False, fontsize=8)
     fig.savefig(file, dpi=120)
-    print(f"loss = (C / FLOPs)^b with C = {c:.3g} and b = {b:.4f} ± {error:.4f}, fitted to {len(envelope)} points")
+    print(
+        f"loss = (C / FLOPs)^b with C = {c:.3g} and b = {b:.4f} ± {error:.4f} (leaving out one run at a time), "
+        f"fitted to the {len(envelope)} points on the envelope"
+    )
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from configurator import configure, one_line, write_json
 from package_docs import TASK_CHARS, write_tasks
-from rows import deduplicate, n_ids, order_table, show_overlap, show_rows, special_token, training_order, write_ordered
+from rows import deduplicate, n_ids, require_memory, show_overlap, show_rows, show_summary, special_token, write_training_rows
 from sources import check_sources, local_files, read_documents
 
 dataset = "demo"  # name of the corpus: the bins are written to data/<dataset>
@@ -59,6 +59,7 @@ overlap = ""  # folder of GLUE, to count its dev sentences in a finished data se
 
 SPECIAL_TOKENS = ["<pad>", "<unk>", "<cls>", "<sep>", "<mask>"]
 NON_ASCII = r"[^\x00-\x7F]+"
+BLOCK = 1 << 24  # bytes of the spool that are read at a time
 MAX_DOCUMENT = 1_000_000  # characters; a longer text is cut into several documents
 CHARS_PER_TOKEN = 8  # more than any vocabulary reaches: sizes the held-out text before there is a vocabulary
 
@@ -129,7 +130,8 @@ def documents(counts):
 def expected_bytes():
     """Size of the text that will be read as far as it is known, at most max_chars; 0 where it is not."""
     files = [entry["files"] for entry in check_sources(sources) if entry.get("files", "docs") != "docs"]
-    size = sum(os.path.getsize(p) * (4 if p.endswith((".gz", ".zst")) else 1) for f in files for p in local_files(f))
+    packed = (".gz", ".zst", ".parquet")
+    size = sum(os.path.getsize(p) * (4 if p.endswith(packed) else 1) for f in files for p in local_files(f))
     return min(size, max_chars) if max_chars and len(files) == len(sources) else max_chars or size
 
 
@@ -176,7 +178,7 @@ def read_spool(path, cutoff):
     """The documents of the spool, without those that are held out (hash up to cutoff)."""
     rest = b""
     with open(path, "rb") as f:
-        while block := f.read(1 << 24):
+        while block := f.read(BLOCK):
             *documents, rest = (rest + block).split(b"\0")
             for document in documents:
                 if digest(document) > cutoff:
@@ -208,8 +210,9 @@ def train_tokenizer(sample):
     counts = Counter('"')  # comes out of `` and ''
     for c, form in forms.items():
         counts.update({x: int(n[c]) for x in form if not x.isspace()})
-    alphabet = sorted(sorted(counts, key=lambda x: (-counts[x], x))[: vocab_size // 4])
-    rare = {c: " " for c, form in forms.items() if any(x not in alphabet and not x.isspace() for x in form)}
+    common = set(sorted(counts, key=lambda x: (-counts[x], x))[: vocab_size // 4])
+    rare = {c: " " for c, form in forms.items() if any(x not in common and not x.isspace() for x in form)}
+    alphabet = sorted(common)
 
     texts = lambda: (t.translate(rare) for t in sample()) if rare else sample()  # noqa: E731
     if tokenizer_kind != "wordpiece":
@@ -265,6 +268,7 @@ def with_template(tokenizer):
 
 
 def load_tokenizer(path):
+    path = os.path.expanduser(path)
     try:
         if path.count("/") >= 2 and not os.path.exists(path.split("/")[0] or "/"):
             from huggingface_hub import hf_hub_download
@@ -296,7 +300,7 @@ def ascii_tokenizer(tokenizer):
     """The same without those steps of the normaliser that leave ASCII text as it is, which take a third of the time."""
     spec = json.loads(tokenizer.to_str())
     steps = (spec["normalizer"] or {}).get("normalizers", [])
-    if json.dumps(steps, ensure_ascii=False).isascii():  # or a step could make other text of it
+    if json.dumps([steps, spec["added_tokens"]], ensure_ascii=False).isascii():  # or ASCII could turn into other text
         idle = [{"type": form} for form in ("NFC", "NFD", "NFKC", "NFKD", "StripAccents")]
         idle += [{"type": "Replace", "pattern": {"Regex": NON_ASCII}, "content": ""}]
         steps[:] = [step for step in steps if step not in idle]
@@ -305,9 +309,15 @@ def ascii_tokenizer(tokenizer):
     return plain
 
 
-def encode(tokenizer, plain, documents):
-    """Token ids of each document, a list of uint16 arrays. plain: ascii_tokenizer(tokenizer)."""
-    parts = [(i, part) for i, text in enumerate(documents) for part in pieces(text, 2_000)]
+def splits_at_spaces(tokenizer):
+    """Whether white space ends every token, so that a text may be cut there."""
+    spec = json.loads(tokenizer.to_str())["pre_tokenizer"] or {"type": None}
+    return spec.get("pretokenizers", [spec])[0]["type"] in ("Whitespace", "WhitespaceSplit", "BertPreTokenizer")
+
+
+def encode(tokenizer, plain, size, documents):
+    """Token ids of each document, a list of uint16 arrays. plain: ascii_tokenizer(tokenizer); size: of the pieces."""
+    parts = [(i, part) for i, text in enumerate(documents) for part in pieces(text, size)]
     encodings = {}
     for some, ascii in ((plain, True), (tokenizer, False)):
         index = [k for k, (_, part) in enumerate(parts) if part.isascii() == ascii]
@@ -333,10 +343,10 @@ def batches(texts, size=1 << 20):
 
 def encode_ahead(tokenizer, texts, threads=3):
     """(documents, their token ids) a batch. With three in work the cores stay busy while ids are made into arrays."""
-    plain, jobs = ascii_tokenizer(tokenizer), deque()
+    plain, jobs, size = ascii_tokenizer(tokenizer), deque(), 2_000 if splits_at_spaces(tokenizer) else MAX_DOCUMENT
     with ThreadPoolExecutor(threads) as pool:
         for batch in batches(texts):
-            jobs.append((batch, pool.submit(encode, tokenizer, plain, batch)))
+            jobs.append((batch, pool.submit(encode, tokenizer, plain, size, batch)))
             if len(jobs) > threads:
                 batch, job = jobs.popleft()
                 yield batch, job.result()
@@ -371,7 +381,7 @@ def pack(path, tokenizer, texts, ids, counts, ratio, total):
                 parts += [*head, tokens, *tail]
             joined = np.concatenate(parts)
             full = len(joined) // seq_len
-            joined[: full * seq_len].tofile(f)
+            f.write(joined[: full * seq_len])  # numpy's tofile would not notice a full disk
             n_rows, rest = n_rows + full, joined[full * seq_len :]
     counts["tokens of the last, partial row"] = len(rest)
     return n_rows, dropped
@@ -412,12 +422,14 @@ def copy_rows(work, size, counts):
 
 
 def build(work, config, settings):
-    """Writes the whole data set into the folder `work`."""
+    """Writes the whole data set into the folder `work`. Returns what the summary needs beside it."""
     counts = Counter()
     columns = {entry.get("column", "text") for entry in check_sources(sources)}
     if "input_ids" in columns:
         if columns != {"input_ids"} or not tokenizer_file:
             sys.exit("prepare.py: tokenized rows (column input_ids) need their tokenizer_file, and no other sources beside")
+        if filter_ratio or max_chars:
+            sys.exit("prepare.py: filter_ratio and max_chars are for texts; set both to 0 for tokenized rows (input_ids)")
         tokenizer = load_tokenizer(tokenizer_file)
         ids, dropped = special_ids(tokenizer), []
         n_rows = copy_rows(work, n_ids(tokenizer), counts)
@@ -430,10 +442,7 @@ def build(work, config, settings):
         n_rows = deduplicate(work / "unordered", dedup_tokens, seq_len, ids["sep"], counts)
     if not n_rows:
         sys.exit(f"prepare.py: not one row of {seq_len} tokens is left of the corpus; is filter_ratio too small?")
-    rows = np.memmap(work / "unordered", np.uint16, "r", shape=(n_rows, seq_len))
-    permutation = training_order(rows, order_table(rows, order, tokenizer, ids["sep"]), seed)[: max_rows or None]
-    sha, n = write_ordered(rows, permutation, work / "train.bin")
-    del rows
+    n_rows, sha, n = write_training_rows(work, (n_rows, seq_len), order, max_rows, ids["sep"], seed)
     os.remove(work / "unordered")
 
     counts = {k: int(v) for k, v in counts.items() if v}
@@ -441,7 +450,7 @@ def build(work, config, settings):
         "vocab_size": n_ids(tokenizer),
         "seq_len": seq_len,
         "special_ids": ids,
-        "train_rows": len(permutation),
+        "train_rows": n_rows,
         "val_rows": val_rows,
         "sha256": {"train": sha},
         "settings": settings,
@@ -452,33 +461,20 @@ def build(work, config, settings):
     write_json(work / "config.json", config)
     write_json(work / "meta.json", meta)
 
-    for what, number in counts.items():
-        print(f"  {what}: {number:,}")
-    if "characters kept" in counts:
-        print(f"  characters per token: {counts['characters kept'] / counts['tokens']:.2f}")
-    print(f"  share of <unk>: {n[ids['unk']] / n.sum():.4%}")
-    print(f"  train.bin: {len(permutation):,} rows of {seq_len}, val.bin: {val_rows:,}")
-    vocabulary = [t for t, i in tokenizer.get_vocab().items() if i not in ids.values()]
-    print(f"  longest tokens: {' '.join(sorted(vocabulary, key=lambda t: (-len(t), t))[:10])}")
-    print(f"  most frequent: {' '.join(tokenizer.id_to_token(int(i)) for i in np.argsort(-n)[:10] if n[i])}")
-    for text in dropped:
-        print(f"  dropped by the filter: {text} ...")
-    if counts.get("documents dropped by the filter", 0) > counts.get("documents", 0) / 5:
-        print(f"prepare.py: warning: filter_ratio = {filter_ratio} dropped more than a fifth of the documents; "
-              "a small vocabulary needs a larger ratio, or 0")  # fmt: skip
-    show_rows(work, 1)
+    return n, dropped
 
 
 def tokenize(work, counts):
     """From the sources to val.bin and `unordered`: (tokenizer, special ids, rows in `unordered`, some dropped texts)."""
+    tokenizer = load_tokenizer(tokenizer_file) if tokenizer_file else None
+    if tokenizer:
+        special_ids(tokenizer)  # ends here, and not after hours, if one is missing
     held = spool(work / "spool", counts)
     texts = [text for _, text, _ in held]
     cutoff, total = held[-1][0], counts["characters"] - sum(map(len, texts))
     print(f"read {counts['documents']:,} documents, {counts['characters']:,} characters")
 
-    if tokenizer_file:
-        tokenizer = load_tokenizer(tokenizer_file)
-    else:
+    if not tokenizer:
 
         def sample():
             rng = random.Random(seed)
@@ -540,12 +536,14 @@ def main(config):
     work = Path(f"{folder}.tmp")
     try:
         Path("data").mkdir(exist_ok=True)
+        shutil.rmtree(work, ignore_errors=True)  # what a killed run left
         # the text and its tokens at once, which a small vocabulary makes as large; later the tokens, twice
         if (need := 2 * expected_bytes()) > (free := shutil.disk_usage("data").free):
             sys.exit(f"prepare.py: {need / 1e9:.1f} GB of disk are needed, {free / 1e9:.1f} GB are free; lower max_chars")
-        shutil.rmtree(work, ignore_errors=True)  # what a killed run left
+        if dedup_tokens:
+            require_memory(expected_bytes() // CHARS_PER_TOKEN)
         work.mkdir(parents=True)
-        build(work, config, settings)
+        made = build(work, config, settings)
         for file in work.rglob("*"):
             if file.is_file():
                 with open(file, "rb") as f:
@@ -557,6 +555,7 @@ def main(config):
         sys.exit("prepare.py: interrupted; nothing was kept")
     finally:
         shutil.rmtree(work, ignore_errors=True)
+    show_summary(folder, *made)
     print(f"{folder} is ready after {time.monotonic() - start:.0f} s")
     look(folder)
 

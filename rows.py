@@ -63,8 +63,8 @@ def repeated(tokens, n, sep):
     if len(tokens) <= n:
         return mark
     hashes = np.empty(len(tokens) - n + 1, np.uint64)
-    for i in range(0, len(hashes), 1 << 24):
-        part = window_hashes(tokens[i : i + (1 << 24) + n - 1], n)
+    for i in range(0, len(hashes), CHUNK):
+        part = window_hashes(tokens[i : i + CHUNK + n - 1], n)
         hashes[i : i + len(part)] = part
     seps = np.zeros(len(tokens) + 1, np.uint32)
     np.cumsum(tokens == sep, out=seps[1:])
@@ -91,19 +91,28 @@ def repeated(tokens, n, sep):
 
 
 def available_memory():
-    if os.path.exists("/proc/meminfo"):
-        return 1024 * int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1])
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if not os.path.exists("/proc/meminfo"):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = 1024 * int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1])
+    group = Path("/sys/fs/cgroup")  # of a container, which may have less than the machine
+    if (group / "memory.max").exists() and (limit := (group / "memory.max").read_text().strip()).isdigit():
+        free = min(free, int(limit) - int((group / "memory.current").read_text()))
+    return free
+
+
+def require_memory(n_tokens):
+    """SystemExit if there is too little for deduplicate."""
+    if (need := 40 * n_tokens) > (free := available_memory()):
+        sys.exit(
+            f"prepare.py: dedup_tokens needs about {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; "
+            "set dedup_tokens = 0 or max_chars"
+        )
 
 
 def deduplicate(path, n, seq_len, sep, counts):
     """Rewrites the rows of `path` without the repeats of runs of n tokens. Returns their number."""
     n_tokens = os.path.getsize(path) // 2
-    if (need := 40 * n_tokens) > available_memory():
-        sys.exit(
-            f"prepare.py: dedup_tokens needs about {need / 1e9:.1f} GB of memory, {available_memory() / 1e9:.1f} GB are free; "
-            "set dedup_tokens = 0 or max_chars"
-        )
+    require_memory(n_tokens)
     print(f"deduplicating {n_tokens:,} tokens")
     tokens = np.fromfile(path, np.uint16)
     tokens = tokens[~repeated(tokens, n, sep)]
@@ -111,7 +120,8 @@ def deduplicate(path, n, seq_len, sep, counts):
     tokens = tokens[~(ends & np.concatenate([[True], ends[:-1]]))]  # documents of which nothing is left
     n_rows = len(tokens) // seq_len
     counts["tokens dropped as repeats"] = n_tokens - len(tokens)
-    tokens[: n_rows * seq_len].tofile(path)
+    with open(path, "wb") as f:
+        f.write(tokens[: n_rows * seq_len])
     return n_rows
 
 
@@ -148,8 +158,18 @@ def training_order(rows, table, seed):
             keys[part] = table[rows[part]].sum(1)
         if np.ptp(keys) == 0 and len(keys) > 1:
             sys.exit("prepare.py: the `order` does not tell the rows apart; are its tokens in them? See insert_sep")
-        keys = keys[order]
-        order = order[np.argsort(keys, kind="stable")]
+        # key and place in the shuffled order in one number, sorted in place: argsort would need half as much memory again
+        packed = np.empty(len(rows), np.uint64)
+        for i in range(0, len(rows), 1 << 20):
+            bits = (keys[order[i : i + (1 << 20)]] + 0).view(np.uint32)  # no -0.0
+            bits ^= np.where(bits >> 31, np.uint32(0xFFFFFFFF), np.uint32(0x80000000))  # integers that sort as the floats do
+            packed[i : i + len(bits)] = bits.astype(np.uint64) << np.uint64(32)
+            packed[i : i + len(bits)] |= np.arange(i, i + len(bits), dtype=np.uint64)
+        del keys
+        packed.sort()
+        shuffled, order = order, np.empty_like(order)
+        for i in range(0, len(order), 1 << 20):
+            order[i : i + (1 << 20)] = shuffled[packed[i : i + (1 << 20)] & np.uint64(0xFFFFFFFF)]
     return order
 
 
@@ -170,7 +190,7 @@ def write_ordered(rows, order, path):
         for b in np.unique(to[to != nowhere] // per_bucket):
             pick = (to // per_bucket == b) & (to != nowhere)
             inside = to[pick] - np.uint32(b * per_bucket)  # travels in front of its row, as two uint16
-            np.concatenate([inside.view(np.uint16).reshape(-1, 2), block[pick]], axis=1).tofile(files[b])
+            files[b].write(np.concatenate([inside.view(np.uint16).reshape(-1, 2), block[pick]], axis=1))
     sha, n = hashlib.sha256(), np.zeros(65536, np.int64)
     with open(path, "wb") as f:
         for bucket, file in tqdm(zip(buckets, files), "writing", len(buckets), unit=" buckets", disable=None):
@@ -182,9 +202,17 @@ def write_ordered(rows, order, path):
             sha.update(block)
             for part in chunks(block):
                 n += np.bincount(block[part].ravel(), minlength=65536)
-            block.tofile(f)
+            f.write(block)
             os.remove(bucket)
     return sha.hexdigest(), n
+
+
+def write_training_rows(work, shape, order, max_rows, sep, seed):
+    """work/unordered, rows of this shape, to work/train.bin in order. Returns (rows written, sha256, count of each token)."""
+    tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
+    rows = np.memmap(work / "unordered", np.uint16, "r", shape=shape)
+    permutation = training_order(rows, order_table(rows, order, tokenizer, sep), seed)[: max_rows or None]
+    return len(permutation), *write_ordered(rows, permutation, work / "train.bin")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,8 +227,32 @@ def show_rows(folder, count):
         print(f"row {i:,} of {len(rows):,}: {tokenizer.decode(rows[i].tolist(), skip_special_tokens=False)}\n")
 
 
+def show_summary(folder, n, dropped):
+    """What came out. n: how often each token occurs in train.bin; dropped: beginnings of texts that the filter dropped."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    meta = json.loads((folder / "meta.json").read_text())
+    counts, special = meta["counts"], meta["special_ids"]
+    for what, number in counts.items():
+        print(f"  {what}: {number:,}")
+    if "characters kept" in counts:
+        print(f"  characters per token: {counts['characters kept'] / counts['tokens']:.2f}")
+    print(f"  share of <unk>: {n[special['unk']] / n.sum():.4%}")
+    print(f"  train.bin: {meta['train_rows']:,} rows of {meta['seq_len']}, val.bin: {meta['val_rows']:,}")
+    vocabulary = [t for t, i in tokenizer.get_vocab().items() if i not in special.values()]
+    print(f"  longest tokens: {' '.join(sorted(vocabulary, key=lambda t: (-len(t), t))[:10])}")
+    print(f"  most frequent: {' '.join(tokenizer.id_to_token(int(i)) or '?' for i in np.argsort(-n)[:10] if n[i])}")
+    for text in dropped:
+        print(f"  dropped by the filter: {text} ...")
+    if counts.get("documents dropped by the filter", 0) > counts.get("documents", 0) / 5:
+        print(
+            f"prepare.py: warning: filter_ratio = {meta['settings']['filter_ratio']} dropped more than a fifth of the "
+            "documents; a small vocabulary needs a larger ratio, or 0"
+        )
+    show_rows(folder, 1)
+
+
 def show_overlap(folder, glue):
-    """Counts the dev sentences of GLUE (8 tokens or more) that stand, normalised alike, inside a training row."""
+    """Counts the dev sentences of GLUE (8 tokens or more) that stand, normalised alike, whole in a training row."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     meta = json.loads((folder / "meta.json").read_text())
     rows = np.memmap(folder / "train.bin", np.uint16, "r").reshape(-1, meta["seq_len"])
@@ -209,7 +261,7 @@ def show_overlap(folder, glue):
         sys.exit(f"prepare.py: overlap = {glue!r} holds no GLUE (CoLA/dev.tsv and so on)")
     total, hits = Counter(), {str(file): set() for file in files}
     for file in files:
-        header, *lines = (line.split("\t") for line in file.read_text(errors="replace").splitlines())
+        header, *lines = (line.split("\t") for line in file.read_text("utf-8", "replace").split("\n"))
         columns = [i for i, name in enumerate(header) if re.fullmatch(r"sentence[12]?|question[12]?|#[12] String", name)]
         lines += [header] * (not columns)  # CoLA has no header
         cells = sorted({line[i] for line in lines for i in columns or [3] if i < len(line)})
@@ -228,4 +280,4 @@ def show_overlap(folder, glue):
                 if np.array_equal(row[at % len(row) :][: len(ids)], ids):
                     hits[file].add(cell)
     for file in hits:
-        print(f"{file}: {len(hits[file]):,} of {total[file]:,} sentences are in {folder}")
+        print(f"{file}: {len(hits[file]):,} of {total[file]:,} sentences of 8 tokens or more are whole in a row of {folder}")

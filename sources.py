@@ -18,9 +18,9 @@ import zlib
 from configurator import one_line
 from package_docs import package_documents
 
-SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
+SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 KNOWN = tuple(suffix + z for suffix in SUFFIXES for z in ("", ".gz", ".zst"))
-TORN = (EOFError, gzip.BadGzipFile, zlib.error)  # what reading a truncated file raises
+TORN = (EOFError, gzip.BadGzipFile, zlib.error, csv.Error)  # what reading a truncated file raises
 BUFFER = 1000  # documents that a stream is shuffled through; a thousand books fit into memory
 
 
@@ -33,10 +33,12 @@ def check_sources(sources):
             sys.exit(
                 f"prepare.py: the source {source!r} is neither a path nor a dict with `files`, or with `path` for the hub"
             )
+        if not isinstance(entry.get("column", ""), str):
+            sys.exit(f"prepare.py: the column {entry['column']!r} of a source is no name")
         weight, where = entry.get("weight", 1), entry.get("where", {})
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not weight > 0:
             sys.exit(f"prepare.py: the weight {weight!r} of a source is no positive number")
-        if not isinstance(where, dict) or not all(isinstance(allowed, list) for allowed in where.values()):
+        if not isinstance(where, dict) or not all(isinstance(k, str) and isinstance(v, list) for k, v in where.items()):
             sys.exit(f"prepare.py: where = {where!r} of a source is no dict of column: [allowed values]")
         if "files" in entry and (odd := entry.keys() - {"files", "column", "weight", "where"}):
             sys.exit(f"prepare.py: a source with `files` has no {min(odd)!r}; it has column, weight, where")
@@ -69,7 +71,7 @@ def read_documents(entry, seed, txt_document, counts):
         else:
             counts["rows that `where` leaves out"] += 1
     if without and not found:
-        sys.exit(f"prepare.py: {name} has no column {column!r}; its columns: {', '.join(without[0])}")
+        sys.exit(f"prepare.py: {name} has no column {column!r}; its columns: {', '.join(map(str, without[0]))}")
 
 
 def nested(row, name):
@@ -88,15 +90,14 @@ def local_rows(source, seed, txt_document, counts):
                     if plain != path:
                         shutil.copyfileobj(open_bytes(path), whole)
                         whole.flush()
-                    file = glob.escape(whole.name if plain != path else path)
-                    yield from hub_rows({"path": "parquet", "data_files": file}, seed)
+                    yield from parquet_rows(whole.name if plain != path else path)
                 continue
             with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", errors="replace", newline="") as f:
                 if plain.endswith(".csv"):
-                    csv.field_size_limit(10**9)
+                    csv.field_size_limit(10**8)
                     yield from csv.DictReader(line.replace("\0", "") for line in f)
                 else:
-                    yield from json_lines(f, counts) if plain.endswith(".jsonl") else txt_documents(f, txt_document)
+                    yield from json_lines(f, counts) if plain.endswith((".jsonl", ".json")) else txt_documents(f, txt_document)
         except TORN:
             counts["truncated files"] += 1
             print(f"prepare.py: warning: {path} is truncated or damaged; what could be read of it is used")
@@ -154,13 +155,13 @@ class Zst(io.RawIOBase):
         import zstandard
 
         while not self.out:
-            data = self.rest or self.file.read(1 << 20)
+            data = self.rest or self.file.read(1 << 16)
             if not data and self.frame and not self.frame.eof:
                 raise EOFError
             if not data:
                 return 0
             if self.frame is None or self.frame.eof:
-                self.frame = zstandard.ZstdDecompressor().decompressobj()
+                self.frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
             try:
                 self.out = memoryview(self.frame.decompress(data))
             except zstandard.ZstdError as e:
@@ -179,7 +180,7 @@ def txt_documents(lines, txt_document):
     """Documents of a text file: up to a blank line, a line each, or the whole file; cut at a million characters."""
     document, size = [], 0
     try:
-        for line in lines:
+        for line in iter(lambda: lines.readline(1 << 24), ""):  # a line may be larger than memory
             blank = line.isspace()
             ends = txt_document == "line" or (txt_document == "blank_line" and blank) or size > 1_000_000
             if document and ends:
@@ -195,14 +196,26 @@ def txt_documents(lines, txt_document):
 
 def json_lines(lines, counts):
     for line in lines:
+        if line.isspace():
+            continue
         try:
             yield json.loads(line)
         except (ValueError, RecursionError):
             counts["rows that are not JSON"] += 1
 
 
+def parquet_rows(path):
+    import pyarrow.parquet
+
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
+            yield from batch.to_pylist()
+    except pyarrow.ArrowInvalid as e:
+        raise EOFError from e
+
+
 def hub_rows(entry, seed):
-    """Rows of a data set on the hub, or of a file that `datasets` reads, streamed and shuffled through a buffer."""
+    """Rows of a data set on the hub, streamed and shuffled through a buffer."""
     import datasets
 
     try:

@@ -1,6 +1,6 @@
 """Many runs under one budget, one after the other, and one table of them:
 
-    python sweep.py crammed bert_base rotary post_norm --seeds=2 --scale=cpu --out=out/sweep [--key=value ...]
+    python sweep.py crammed bert_base half_depth post_norm --seeds=2 --scale=cpu --out=out/sweep [--key=value ...]
 
 A name is a recipe (config/NAME.py) or an entry of config/ablations.py, which changes the crammed recipe; the first one is
 what the others are compared with. Each is prepared and trained with every seed, then scored if tasks are named
@@ -64,15 +64,20 @@ def call(script, words):
 def run(name, seed, extra):
     """Does what is left to do of one entry with one seed. Returns why it failed, or None."""
     folder, words = Path(out) / f"{name}-{seed}", words_of(name, extra)
-    if (folder / "model.pt").exists():
-        config, done = configure("train.py", words), json.loads((folder / "config.json").read_text())
+    config, finished = configure("train.py", words), (folder / "model.pt").exists()
+    data = Path("data") / config["dataset"] / "meta.json"
+    if (data.exists() or not finished) and call("prepare.py", words):  # which refuses what was prepared otherwise
+        return "prepare.py failed"
+    if not finished:
+        if call("train.py", [*words, f"--out_dir={folder}", f"--seed={seed}"]):
+            return "train.py failed"
+    else:
+        done = json.loads((folder / "config.json").read_text())
         keys = done.keys() & config.keys() - {*FREE_KEYS, "seed", "vocab_size"}  # that one is the data set's
         if changed := [key for key in sorted(keys) if done[key] != config[key]]:
             return f"{folder} is a run with another {', '.join(changed)}"
-    else:
-        for script, own in (("prepare.py", []), ("train.py", [f"--out_dir={folder}", f"--seed={seed}"])):
-            if call(script, words + own):
-                return f"{script} failed"
+        if data.exists() and json.loads(data.read_text())["sha256"]["train"] != done["train_sha256"]:
+            return f"{folder} is a run on another train.bin"
     if any(word.startswith("--tasks=") for word in extra) and call("finetune_glue.py", [*words, f"--out_dir={folder}"]):
         return "finetune_glue.py failed"
     return None
@@ -84,7 +89,9 @@ def result(folder):
     config = json.loads((folder / "config.json").read_text())
     last = [e for e in entries if "val_loss" in e][-1]
     speeds = [e["tokens_per_s"] for e in entries if "tokens_per_s" in e]
-    row = {"val_loss": last["val_loss"], "M tokens": last["tokens"] / 1e6, "k tokens/s": np.median(speeds) / 1e3}
+    row = {"layers": config["n_layer"], "width": config["n_embd"], "val_loss": last["val_loss"]}
+    row |= {"M tokens": last["tokens"] / 1e6, "epochs": [e["epoch"] for e in entries if "epoch" in e][-1]}
+    row |= {"k tokens/s": np.median(speeds) / 1e3}
     if (folder / "glue.json").exists():
         scores = json.loads((folder / "glue.json").read_text())["rows"].get("run", {})
         row |= {task: entry["median"] for task, entry in scores.items()}
@@ -92,12 +99,12 @@ def result(folder):
 
 
 def collect(names):
-    """{name: ([row of each finished seed], whether its val_loss compares with that of the first name)}."""
+    """{name: ([row of each finished seed], whether its val_loss compares with that of the first one with a run)}."""
     found, reference = {}, None
     for name in names:
         folders = sorted(path.parent for path in Path(out).glob(f"{name}-*/model.pt"))
         results = [result(folder) for folder in folders if folder.name.removeprefix(f"{name}-").isdigit()]
-        if name == names[0] and results:
+        if reference is None and results:
             reference = results[0][1]
         found[name] = [row for row, _ in results], all(files == reference for _, files in results)
     return found
@@ -106,24 +113,26 @@ def collect(names):
 def cell(values, digits):
     if not values:
         return ""
-    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(set(values)) > 1 else ""
     return f"{np.mean(values):.{digits}f}{spread}"
 
 
 def report(names, failed):
     """Writes and returns the Markdown table: mean ± standard deviation over n pretraining seeds. Also {name: losses}."""
     found = collect(names)
-    columns = list(
-        dict.fromkeys(["val_loss", "M tokens", "k tokens/s", *(c for rows, _ in found.values() for r in rows for c in r)])
-    )
+    columns = list(dict.fromkeys(c for rows, _ in found.values() for r in rows for c in r)) or ["val_loss"]
+    digits = {"layers": 0, "width": 0, "val_loss": 3, "epochs": 2}
     lines = ["| | n | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for name, (rows, comparable) in found.items():
-        cells = [cell([row[c] for row in rows if c in row], 3 if c == "val_loss" else 1) for c in columns]
+        cells = [cell([row[c] for row in rows if c in row], digits.get(c, 1)) for c in columns]
         if rows and not comparable:
-            cells[0] = f"({cells[0]})"
+            cells[columns.index("val_loss")] = f"({cells[columns.index('val_loss')]})"
         lines.append(" | ".join([f"| {name}", f"{len(rows)}{', ' * (name in failed)}{failed.get(name, '')}", *cells]) + " |")
     if not all(comparable for _, comparable in found.values()):
-        lines += ["", "In brackets: another tokenizer or val.bin than the first row's, so these val_loss do not compare."]
+        lines += [
+            "",
+            "In brackets: another tokenizer or val.bin than the first finished row's, so these val_loss do not compare.",
+        ]
     text = "\n".join(lines) + "\n"
     with replace_file(Path(out) / "table.md") as f:
         f.write(text.encode())
@@ -134,6 +143,10 @@ def main(names, extra):
     configs = {name: configure("sweep.py", words_of(name, extra)) for name in names}  # ends here if a word is wrong
     if len({(config["budget_hours"], config["max_steps"]) for config in configs.values()}) > 1:
         sys.exit("sweep.py: these recipes have different budgets; --budget_hours=H gives them the same")
+    for i, (name, config) in enumerate(configs.items()):
+        for other in list(configs)[:i]:
+            if not [k for k in config if config[k] != configs[other][k] and k not in ("out_dir", "dataset")]:
+                sys.exit(f"sweep.py: {name} and {other} are the same experiment here; leave one out")
     Path(out).mkdir(parents=True, exist_ok=True)
     failed = {}
     for seed in [] if table else range(1337, 1337 + seeds):
@@ -144,7 +157,7 @@ def main(names, extra):
             report(names, failed)
     text, losses = report(names, failed)
     print(text)
-    if names[0] in losses:
+    if losses:
         try:
             from plot import draw_losses
 

@@ -53,7 +53,8 @@ architecture = {
     "minimal_architecture": _minimal_architecture,
     "fourier": {"attention": "fourier", "position": "scaled_sinusoidal"},
     "flash": {"attention": "flash"},
-    "half_of_heads": {"n_head": max(n_head // 2, 1)},
+    "two_thirds_of_heads": {"n_head": max(n_head * 2 // 3, 1)},
+    "third_of_heads": {"n_head": max(n_head // 3, 1)},
     "one_head": {"n_head": 1},
     "scaled_sinusoidal_positions": {"position": "scaled_sinusoidal"},  # the paper's; a change after --scale=cpu alone
     "rotary": {"position": "rotary"},
@@ -72,7 +73,7 @@ architecture = {
     "head_transform": {"head_transform": True},
     "decoder_bias": {"decoder_bias": True},
     "untied": {"tie_weights": False},
-    # the ladder of sizes, all for the same time; at full scale 2, 4, 8, 12 and 24 layers, and widths of 256, 384, 512 and 1,024
+    # the ladder of sizes, all for the same time; at full scale 2 to 24 layers, and widths of 256 to 1,024
     "eighth_depth": {"n_layer": max(n_layer // 8, 1)},
     "quarter_depth": {"n_layer": max(n_layer // 4, 1)},
     "half_depth": {"n_layer": max(n_layer // 2, 1)},
@@ -118,6 +119,7 @@ training = {
     "trapezoid_schedule": {"schedule": "trapezoid", "warmup": 0.06},
     "ramp_schedule": {"schedule": "ramp"},
     "mask_15": {"mask_rate": 0.15},
+    "mask_20": {"mask_rate": 0.2},
     "mask_40": {"mask_rate": 0.4},
     "mask_60": {"mask_rate": 0.6},
     "mask_only": {"mask_80_10_10": False},
@@ -153,25 +155,27 @@ data = {
     "vocab_double": {"vocab_size": vocab_size * 2, "filter_ratio": 0.0},
     "bpe_tokenizer": {"tokenizer_kind": "bpe"},
     "unigram_tokenizer": {"tokenizer_kind": "unigram"},
-    "bookcorpus_wikipedia": {
-        "sources": [
-            {"path": "bookcorpus/bookcorpus", "revision": "refs/convert/parquet", "split": "train"},
-            {"path": "wikimedia/wikipedia", "name": "20231101.en", "split": "train"},
-        ]
-    },
-    "c4": {"sources": [{"path": "allenai/c4", "name": "en", "split": "train"}]},
-    "pile_deduplicated": {"sources": [{"path": "EleutherAI/the_pile_deduplicated", "split": "train"}]},
-    "pile_natural_text": {  # the authors' list; this copy of the Pile is without Books3
-        "sources": [
-            {
-                "path": "monology/pile-uncopyrighted",
-                "split": "train",
-                "where": {"meta.pile_set_name": ["Gutenberg (PG-19)", "Books3", "Wikipedia (en)"]},
-            }
-        ]
-    },
-    "oscar": {"sources": [{"files": "oscar/*.jsonl.zst", "column": "content"}]},
 }
+_sources = {
+    "bookcorpus_wikipedia": [
+        {"path": "bookcorpus/bookcorpus", "revision": "refs/convert/parquet", "split": "train"},
+        {"path": "wikimedia/wikipedia", "name": "20231101.en", "split": "train"},
+    ],
+    "c4": [{"path": "allenai/c4", "name": "en", "split": "train"}],
+    "pile_deduplicated": [{"path": "EleutherAI/the_pile_deduplicated", "split": "train"}],
+    "pile_natural_text": [  # the authors' list; this copy of the Pile is without Books3
+        {
+            "path": "monology/pile-uncopyrighted",
+            "split": "train",
+            "where": {"meta.pile_set_name": ["Gutenberg (PG-19)", "Books3", "Wikipedia (en)"]},
+        }
+    ],
+    "oscar": [{"files": "oscar/*.jsonl.zst", "column": "content"}],
+}
+for _name, _entries in _sources.items():  # as they are (of the first: the paper's "original data"), filtered, and sorted too
+    data[f"{_name}_raw"] = {"sources": _entries, "filter_ratio": 0.0, "order": "shuffle"}
+    data[f"{_name}_filtered"] = {"sources": _entries, "order": "shuffle"}
+    data[_name] = {"sources": _entries}
 
 ablations = {
     name: {"out_dir": f"{out_dir}_{name}"} | ({"dataset": f"{dataset}_{name}"} if name in data else {}) | changes

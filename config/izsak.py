@@ -5,6 +5,7 @@ out_dir = "out/izsak"
 n_layer, n_head, n_embd, n_inner, max_len = 24, 16, 1024, 4096, 128
 norm_place = "pre"
 norm_eps = 1e-6
+token_types = 0
 
 optimizer = "adamw"
 learning_rate = 2e-3

@@ -1,5 +1,6 @@
 """Small inputs that the tests make themselves, and a way to run the scripts as a user does, in an empty folder."""
 
+import functools
 import os
 import random
 import runpy
@@ -14,6 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
 os.environ["OMP_NUM_THREADS"] = "1"  # for models this small a second thread mostly waits
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import hardware  # noqa: E402
 
 TINY_DATA = [
     "--dataset=tiny",
@@ -28,6 +30,7 @@ TINY_MODEL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--n_inner=64", "--max
 TINY_TRAIN = ["--out_dir=out/tiny", "--batch_size=8", "--micro_batch_size=8", "--batch_ramp=0.0", "--log_seconds=0"]
 TINY_TRAIN += ["--compile=False", "--device=cpu", "--dtype=float32", "--learning_rate=0.003"]
 TINY = [*TINY_DATA, *TINY_MODEL, *TINY_TRAIN]
+PEAK = functools.cache(hardware.peak_flops)  # measured once
 
 
 def sentences(n_documents, seed=0):
@@ -59,6 +62,8 @@ def home(tmp_path, monkeypatch):
 @pytest.fixture
 def run(home, monkeypatch, capsys):
     """run("train.py", "--key=value", ...) runs a script in this process and returns (exit message or None, output)."""
+
+    monkeypatch.setattr(hardware, "peak_flops", PEAK)
 
     def go(script, *args):
         handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}

@@ -82,6 +82,7 @@ def test_errors_in_a_file_name_file_and_line(tmp_path):
     file.write_text("seed = 1\nseed = = 2\n")
     assert f"{file}, line 2: SyntaxError" in refused(str(file))
     assert "does not exist" in refused("config/nothing.py")
+    assert "config cannot be read: IsADirectoryError" in refused("config")
 
 
 def test_every_key_has_a_comment_and_one_default():

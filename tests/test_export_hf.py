@@ -102,7 +102,7 @@ def test_bin_files_load_and_run_no_code(tmp_path):
             return os.mkdir, (str(tmp_path / "pwned"),)
 
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(SystemExit, match="cannot be read"):
+    with pytest.raises(SystemExit, match="no complete BERT"):
         load_bert(tmp_path)
     assert not (tmp_path / "pwned").exists()
 
@@ -129,6 +129,10 @@ def test_what_is_no_bert_is_refused_in_one_line(tmp_path):
     their_bert(tmp_path / "b")
     os.remove(tmp_path / "b/model.safetensors")
     cases.append((tmp_path / "b", "no complete BERT"))
+    for name, file in {"c": "model.safetensors", "d": "tokenizer.json"}.items():
+        their_bert(tmp_path / name)
+        (tmp_path / name / file).write_bytes(b"version https://git-lfs")
+        cases.append((tmp_path / name, "no complete BERT"))
     cases.append(("no/such-model", "is no folder, and the hub gives"))
     for source, expected in cases:
         with pytest.raises(SystemExit) as e:

@@ -60,7 +60,7 @@ def test_pictures(run, model):
         message, output = run("plot.py", *args)
         assert message is None and "NOT" not in output and Path(file).read_bytes()[:4] == b"\x89PNG"
     message, output = run("plot.py", "out/tiny", "out/b", "--scaling", "--out=laws.png")
-    assert "three evaluations or more" in message
+    assert "three points on the envelope" in message
     config = json.loads(Path("out/b/config.json").read_text())
     Path("out/b/config.json").write_text(json.dumps(config | {"val_sha256": "other"}))
     assert "differ in tokenizer or val.bin" in run("plot.py", "out/tiny", "out/b")[1]

@@ -346,14 +346,48 @@ def test_a_score_of_other_settings_is_named_on_the_card(run, glue, model):
     assert message is None and "(in the row run, glue_warmup differ)" in output
 
 
+def test_the_protocol_is_the_recipes(monkeypatch):
+    """Warm-up over a tenth, then a cosine to zero; dropout in every epoch."""
+    from test_model import bert
+
+    rates, classifier = [], G.Classifier(bert(), 2)
+
+    class Spy(torch.optim.AdamW):
+        def step(self, *args, **kwargs):
+            (group,) = self.param_groups
+            assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.98), 1e-6, 0.0) and classifier.training
+            rates.append(group["lr"])
+            return super().step(*args, **kwargs)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Spy)
+    monkeypatch.setattr(G, "glue_epochs", 2)
+    rows, y = [[2, 7 + i % 2, 3, 3] for i in range(167)], np.arange(167) % 2
+    dev, ids, bar = {"x": (rows, y, "accuracy")}, {"pad": 0, "sep": 3}, G.tqdm(disable=True)
+    G.finetune(lambda n: classifier, (rows, y), dev, {}, 2, 0, ids, "cpu", bar)
+    p = np.arange(1, 21) / 20  # 10 full batches an epoch
+    assert rates == pytest.approx(4e-5 * np.where(p < 0.1, p / 0.1, 0.5 * (1 + np.cos(np.pi * (p - 0.1) / 0.9))))
+
+
+def test_padding_changes_no_prediction_and_segments_begin_behind_the_first_sep():
+    from test_model import bert
+
+    ids = {"pad": 0, "sep": 3}
+    _, mask, types = G.collate([[2, 7, 3, 8, 8, 3], [2, 7, 3]], [0, 1], ids, "cpu")
+    assert mask.sum(1).tolist() == [6, 3] and types.tolist() == [[0, 0, 0, 1, 1, 1], [0] * 6]
+    rows, classifier = [[2, *[7] * n, 3, 3] for n in (1, 5, 20, 3)], G.Classifier(bert(), 1, "mean")
+    alone = [G.predict(classifier, [row], 1, ids, "cpu")[0] for row in rows]
+    assert np.allclose(G.predict(classifier, rows, 1, ids, "cpu"), alone, atol=1e-5) and np.ptp(alone) > 1e-4
+
+
 def test_killed_it_repeats_one_seed_at_most(run, glue, model, home):
     args = [*TINY, *SMALL, "--tasks=rte,mrpc,cola", "--glue_seeds=6"]
     process = start("finetune_glue.py", *args, cwd=home)
     while not Path("out/tiny/glue.json").exists():
         assert process.poll() is None
-    time.sleep(0.3)
+        time.sleep(0.001)
     process.kill()
     process.communicate()
+    assert process.returncode == -9
     before = json.loads(Path("out/tiny/glue.json").read_text())["rows"]["run"]
     message, output = run("finetune_glue.py", *args)
     assert message is None and output.count(", seed ") + sum(len(e["scores"]) for e in before.values()) == 18

@@ -308,7 +308,7 @@ def test_sizes_of_the_published_models(name, expected, monkeypatch):
         n = sum(p.numel() for p in BERT(c).parameters())
     D = c.n_embd
     block = 4 * D * D + 4 * D + 2 * D * c.n_inner + c.n_inner + D + 4 * D
-    assert n == (30522 + c.max_len + 2) * D + 2 * D + c.n_layer * block + D * D + 3 * D + 30522
+    assert n == (30522 + c.max_len + c.token_types) * D + 2 * D + c.n_layer * block + D * D + 3 * D + 30522
     assert expected in (None, n)
 
 
@@ -335,3 +335,10 @@ def test_one_graph_and_no_recompilation_with_a_batch_ramp():
             model(torch.randint(50, (7, 16)), torch.arange(5))
         model.train()
     assert counter.frame_count == 1
+
+
+def test_dropout_is_on_embeddings_attention_and_residuals(monkeypatch):
+    seen, model = [], bert(dropout=0.1)
+    monkeypatch.setattr(M, "dropout", lambda x, p, training: seen.append((p, training)) or x)
+    model.train().encode(torch.randint(50, (2, 8)))
+    assert seen == [(0.1, True)] * 7  # 1 + 2 layers x (attention + 2 residuals)

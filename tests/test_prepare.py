@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -60,19 +61,35 @@ def test_every_token_is_in_one_row_and_no_validation_document_in_training(tiny_d
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.lists(st.integers(5, 99), max_size=40), min_size=1, max_size=12), st.integers(1, 9))
-def test_pack_keeps_every_token_in_order(tmp_path_factory, documents, seq_len):
+@given(st.lists(st.lists(st.integers(5, 99), max_size=40), min_size=1, max_size=12), st.integers(1, 9), st.integers(1, 60))
+def test_pack_keeps_every_token_in_order(tmp_path_factory, documents, seq_len, size):
     """pack() with a tokenizer that reads numbers: the rows are the documents, each with <sep>, up to the last full row."""
     numbers = Tokenizer(models.WordLevel({str(i): i for i in range(100)}, unk_token="1"))
     numbers.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     path = tmp_path_factory.mktemp("pack") / "rows"
-    old, prepare.seq_len = prepare.seq_len, seq_len
+    old, batches = prepare.seq_len, prepare.batches
+    prepare.seq_len, prepare.batches = seq_len, lambda texts: batches(texts, size)  # several, so that they have seams
     texts, ids = [" ".join(map(str, d)) for d in documents], {"cls": 2, "sep": 3, "unk": 1}
     n_rows, _ = prepare.pack(path, numbers, texts, ids, prepare.Counter(), 0, None)
-    prepare.seq_len = old
+    prepare.seq_len, prepare.batches = old, batches
     expected = [t for d in documents if d for t in [*d, 3]]  # a document without tokens leaves no <sep> either
     assert np.fromfile(path, np.uint16).tolist() == expected[: len(expected) // seq_len * seq_len]
     assert n_rows == len(expected) // seq_len
+
+
+TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(TEXT, max_size=9), st.integers(1, 9))
+def test_the_spool_is_read_whatever_the_blocks(tmp_path_factory, texts, block):
+    path = tmp_path_factory.mktemp("spool") / "spool"
+    path.write_bytes(b"".join(t.encode() + b"\0" for t in texts))
+    own, prepare.BLOCK = prepare.BLOCK, block
+    try:
+        assert list(prepare.read_spool(path, -1)) == texts
+    finally:
+        prepare.BLOCK = own
 
 
 @settings(max_examples=50, deadline=None)
@@ -109,6 +126,15 @@ def test_the_filter_drops_by_tokens_per_character(run):
     assert 30 <= bins("b")[2]["counts"]["documents dropped by the filter"] <= 40  # some of them are held out
 
 
+def test_the_vocabulary_is_made_of_a_sample_of_all_sources(run):
+    Path("b.txt").write_text(Path("text.txt").read_text().translate(str.maketrans("bdfg", "1234")))
+    for name, n in (("tiny", 10**9), ("b", 20_000)):
+        args = [*TINY, "--sources=text.txt,b.txt", f"--dataset={name}", f"--tokenizer_chars={n}"]
+        assert run("prepare.py", *args)[0] is None
+    assert bins("b")[2]["sha256"]["tokenizer"] != bins()[2]["sha256"]["tokenizer"]
+    assert {"b", "1"} <= bins("b")[3].get_vocab().keys()
+
+
 @pytest.mark.parametrize("order", ["sentence_length", "fragment", "word_length", "unigram", "reverse_unigram"])
 def test_orders(run, order):
     """Each order's key, computed here from its definition, goes one way down the file."""
@@ -126,6 +152,8 @@ def test_orders(run, order):
     }
     values = np.array([keys[order](r) for r in train])
     assert (np.diff(values) >= -1e-9).all() and len(set(values.round(6))) > 2
+    assert run("prepare.py", *TINY, f"--order={order}", "--dataset=cut", "--max_rows=50")[0] is None
+    assert (bins("cut")[0] == train[:50]).all()
 
 
 def test_normaliser_and_round_trip(run):
@@ -333,14 +361,14 @@ def repeated_by_definition(tokens, n, sep):
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, 3), max_size=60), st.integers(1, 7), st.booleans())
 def test_repeats_against_their_definition(tokens, n, collide):
-    """With a hash that is right, and with one that is the same for every run."""
-    own = rows.window_hashes
+    """With a hash that is right, and with one that is the same for every run; in blocks of 7."""
+    own, chunk, rows.CHUNK = rows.window_hashes, rows.CHUNK, 7
     if collide:
         rows.window_hashes = lambda tokens, n: np.zeros(len(tokens) - n + 1, np.uint64)
     try:
         mark = rows.repeated(np.array(tokens, np.uint16), n, 3)
     finally:
-        rows.window_hashes = own
+        rows.window_hashes, rows.CHUNK = own, chunk
     assert mark.tolist() == repeated_by_definition(tokens, n, 3) or len(tokens) <= n
 
 
@@ -409,7 +437,7 @@ def test_peek_and_overlap(run, tiny_data):
     Path("glue/RTE/dev.tsv").write_text(f"index\tsentence1\tsentence2\tlabel\n0\t{row}\t{other}\tentailment\n")
     message, output = run("prepare.py", *TINY, "--peek=3", "--overlap=glue")
     assert message is None and output.count(f" of {len(slices)}: ") == 3, output
-    assert "RTE/dev.tsv: 1 of 2 sentences are in data/tiny" in output
+    assert "RTE/dev.tsv: 1 of 2 sentences of 8 tokens or more are whole in a row of data/tiny" in output
     assert "holds no GLUE" in run("prepare.py", *TINY, "--overlap=data")[0]
 
 
@@ -449,8 +477,9 @@ def test_a_torn_zst_is_noticed(run):
     assert len(list(documents_of("a.txt.zst", "blank_line"))) == 599  # the last and the first document are one
     Path("torn.txt.zst").write_bytes(whole[:-40])
     Path("noise.txt.zst").write_bytes(whole[:2000] + b"x" * 2000)
-    message, output = run("prepare.py", *TINY, "--sources=text.txt,torn.txt.zst,noise.txt.zst")
-    assert message is None and bins()[2]["counts"]["truncated files"] == 2 and "torn.txt.zst is truncated" in output
+    Path("torn.parquet").write_bytes(b"PAR1 and no more")
+    message, output = run("prepare.py", *TINY, "--sources=text.txt,torn.txt.zst,noise.txt.zst,torn.parquet")
+    assert message is None and bins()[2]["counts"]["truncated files"] == 3 and "torn.txt.zst is truncated" in output
 
 
 def test_bad_rows_are_counted_and_the_rest_is_used(run):
@@ -537,6 +566,8 @@ def test_a_given_tokenizer_and_its_special_tokens(run):
         (["--sources={'path': 'wikimedia/wikipedia', 'name': '20231101.en'}"], "cannot read wikimedia/wikipedia"),
         (["--sources=columns.jsonl"], "no column 'text'; its columns: body, id"),
         (["--sources=columns.parquet"], "no column 'text'; its columns: body"),
+        (["--sources=columns.csv"], "no column 'text'; its columns: a, b, None"),
+        (["--sources=[{'files': 'columns.csv', 'column': ['a']}]"], "the column ['a'] of a source is no name"),
         (["--sources=odd.xml"], "unknown kind"),
         (["--filter_ratio=0.01"], "is filter_ratio too small?"),
         (["--tokenizer_file=odd.xml"], "cannot be read"),
@@ -547,6 +578,7 @@ def test_mistakes_end_in_one_line_and_leave_nothing(run, args, expected):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     Path("columns.jsonl").write_text('{"body": "x", "id": 1}\n')
     parquet.write_table(pyarrow.table({"body": ["x"]}), "columns.parquet")
+    Path("columns.csv").write_text("a,b\n1,2,3\n")
     Path("odd.xml").write_text("<a/>")
     Path("empty.txt").write_text("\n\n \n")
     message, _ = run("prepare.py", *TINY, *args)
@@ -568,7 +600,7 @@ def test_killed_in_any_phase_it_starts_anew(home, phase):
     Path("text.txt").write_text("\n\n".join(sentences(3000)))
     process = start("prepare.py", *TINY, cwd=home)
     while not Path("data/tiny.tmp", phase).exists() and process.poll() is None:
-        pass
+        time.sleep(0.0005)
     process.kill()
     _, error = process.communicate()
     assert process.returncode == -9 or phase == "train.bin", error  # the last kill may come too late

@@ -27,7 +27,8 @@ def test_every_ablation_is_a_model_and_a_training_that_exist(scale, home):
     for name in ablations()["ablations"]:
         config = configure("train.py", ["config/crammed.py", *scale, f"--ablation={name}"])
         changed = {k: v for k, v in config.items() if v != base[k] and k not in ("out_dir", "dataset")}
-        assert changed or name == ("rotary" if scale else "scaled_sinusoidal_positions"), name
+        same = {"rotary"} if scale else {"scaled_sinusoidal_positions"}
+        assert changed or name in same, name
         assert config["out_dir"] == f"{base['out_dir']}_{name}"
         assert (config["dataset"] != base["dataset"]) == (name in ablations()["data"]), name
         require_possible(Config(**{k: config[k] for k in Config.__dataclass_fields__}))
@@ -81,10 +82,10 @@ def test_a_sweep_runs_compares_survives_a_failure_and_goes_on(run, home):
     table = Path("out/s/table.md").read_text()
     assert table in output
     mean, sd = statistics.mean(finals), statistics.stdev(finals)
-    assert f"| crammed | 2 | {mean:.3f} ± {sd:.3f} |" in table and sd > 0
+    assert f"| crammed | 2 | 2 | 32 | {mean:.3f} ± {sd:.3f} |" in table and sd > 0
     assert "| flash | 0, train.py failed |" in table
-    assert "| fragment_order | 2 | (" not in table  # the same tokenizer and val.bin, other rows
-    assert "| vocab_half | 2 | (" in table and "In brackets" in table
+    assert "| fragment_order | 2 | 2 | 32 | (" not in table  # the same tokenizer and val.bin, other rows
+    assert "| vocab_half | 2 | 2 | 32 | (" in table and "In brackets" in table
     settings = {name: json.loads(Path(f"out/s/{name}-1337/config.json").read_text()) for name in ("crammed", "fragment_order")}
     assert len({c["train_sha256"] for c in settings.values()}) == 2 and len({c["val_sha256"] for c in settings.values()}) == 1
     assert Path("out/s/sweep.png").read_bytes()[:4] == b"\x89PNG"
@@ -122,6 +123,8 @@ def test_mistakes_end_a_sweep_before_it_begins(run, home):
     assert "an override is written" in run("sweep.py", "crammed", "--table")[0]
     assert "is what the sweep itself sets" in run("sweep.py", "crammed", "--seed=3")[0]
     assert "outside [1, inf)" in run("sweep.py", "crammed", "--seeds=0")[0]
+    message = run("sweep.py", "crammed", "rotary", "--scale=cpu")[0]
+    assert message == "sweep.py: rotary and crammed are the same experiment here; leave one out"
     assert "different budgets" in run("sweep.py", "crammed", "config/cpu.py")[0]
     assert not Path("out").exists()
     assert "Not a directory" in run("sweep.py", "crammed", "--out=text.txt/x", "--table=True")[0]
@@ -133,11 +136,21 @@ def test_the_power_law_is_found_again():
     """Points on 5 (1e12 / C)^0.1 and others above it, which are not on the envelope."""
     law = [(c, 5 * (1e12 / c) ** 0.1) for c in (1e12, 1e13, 1e14, 1e15)]
     above = [(c * 2, loss + 0.5) for c, loss in law]
-    c, b, error, envelope = plot.power_law(law + above)
-    assert envelope == law and math.isclose(b, 0.1) and math.isclose((c / 1e14) ** b, law[2][1]) and error < 1e-9
-    noisy = [(c, loss * f) for (c, loss), f in zip(law, (1, 1.01, 0.99, 1.01))]
-    reference = linregress([math.log(c) for c, _ in noisy], [math.log(loss) for _, loss in noisy])
-    assert math.isclose(plot.power_law(noisy)[2], reference.stderr)
+    c, b, envelope = plot.power_law(law + above)
+    assert envelope == law and math.isclose(b, 0.1) and math.isclose((c / 1e14) ** b, law[2][1])
+    assert plot.jackknife([law, above, law]) < 1e-9 and math.isnan(plot.jackknife([law, above]))
+    with pytest.raises(SystemExit, match="three points on the envelope"):
+        plot.power_law(law[:2] + [(c, 9.0) for c, _ in law])
+
+
+def test_the_error_of_the_power_law_is_the_jackknifes():
+    """Three runs, of which all points are on the envelope, by the formula: (n - 1) / n times the sum of squares."""
+    runs = [[(1e12, 5.0), (2e12, 4.8)], [(4e12, 4.5), (8e12, 4.1)], [(1.6e13, 3.9), (3.2e13, 3.5)]]
+    slopes = []
+    for i in range(3):
+        points = [p for j, run in enumerate(runs) if j != i for p in run]
+        slopes.append(-linregress([math.log(c) for c, _ in points], [math.log(loss) for _, loss in points]).slope)
+    assert math.isclose(plot.jackknife(runs), math.sqrt(2 / 3 * sum((b - sum(slopes) / 3) ** 2 for b in slopes)))
 
 
 def test_parameters_of_the_ladder():

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import model
+import scorecard
 import train
 
 
@@ -38,7 +40,7 @@ def weights(name="tiny"):
 @given(st.integers(0, 2**30), st.integers(1, 7))
 def test_masks_of_the_paper(seed, rows):
     """Exactly 32 of 128 positions a row, of those 26 <mask>, 3 random, 3 unchanged; nothing else changes."""
-    vocab, mask_id = 10**6, 4  # so large that a random token is hardly ever the old one
+    vocab, mask_id = 10**12, 4  # so large that a random token is hardly ever the old one
     ids = torch.randint(5, vocab, (rows, 128), generator=torch.Generator().manual_seed(seed))
     inputs, positions, targets = train.mask_tokens(ids, 32, mask_id, vocab, torch.Generator().manual_seed(seed + 1))
     assert positions.shape == targets.shape == (rows, 32)
@@ -125,14 +127,103 @@ def test_one_cycle_is_a_triangle(monkeypatch):
 def test_evaluation_is_the_same_whatever_the_batch():
     from test_model import bert
 
-    rows = np.random.default_rng(0).integers(5, 50, (37, 20)).astype(np.uint16)
-    loss, accuracy = train.evaluate(bert(), rows, 4, "cpu", batch=64)
-    again = train.evaluate(bert(), rows, 4, "cpu", batch=7)
+    def as_defined(module, inputs):
+        """15 % of the positions, all of them masked, no dropout."""
+        assert not module.training and ((inputs[0] == 4).sum(1) == 3).all() and len(inputs[1]) == 3 * len(inputs[0])
+
+    rows, model = np.random.default_rng(0).integers(5, 50, (37, 20)).astype(np.uint16), bert(dropout=0.5)
+    model.register_forward_pre_hook(as_defined)
+    loss, accuracy = train.evaluate(model, rows, 4, "cpu", batch=64)
+    again = train.evaluate(model, rows, 4, "cpu", batch=7)
     assert again == (pytest.approx(loss, abs=1e-5), accuracy) and abs(loss - math.log(50)) < 0.5 and 0 <= accuracy < 0.2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs
+
+
+def test_a_run_is_the_loop_written_plainly(run, tiny_data):
+    """Schedule, ramp, clipping, decay, masks by seed and step, and the data in their order, in another loop."""
+    args = ["--max_steps=12", "--batch_size=24", "--batch_ramp=0.6", "--batch_ramp_rows=8", "--micro_batch_size=8", "--seed=7"]
+    args += ["--weight_decay=5.0", "--grad_clip=0.1", "--mask_rate_end=0.1"]
+    assert run("train.py", *TINY, *args)[0] is None
+    config = json.loads(Path("out/tiny/config.json").read_text())
+    torch.manual_seed(7)
+    bert = model.BERT(model.Config(**{k: config[k] for k in model.Config.__dataclass_fields__}))
+    begin = {k: v.clone() for k, v in bert.state_dict().items()}
+    groups = [{"params": [p for p in bert.parameters() if (p.ndim > 1) == m], "weight_decay": 5.0 * m} for m in (True, False)]
+    opt, at = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-12), 0
+    data = torch.from_numpy(np.fromfile("data/tiny/train.bin", np.uint16).reshape(-1, 32).astype(np.int64))
+    for step in range(12):
+        p = step / 12
+        n = min(8 * (math.floor(24 * p / (0.6 * 8)) + 1), 24)
+        noise = torch.Generator().manual_seed(int(np.random.SeedSequence([7, step]).generate_state(1)[0]))
+        count = train.n_masked(32, 0.25 + (0.1 - 0.25) * p)
+        inputs, positions, targets = train.mask_tokens(data[at : at + n], count, 4, 90, noise, True, 8)
+        bert(inputs, train.flat(positions, 32), targets.flatten()).backward()
+        for group in opt.param_groups:
+            group["lr"] = config["learning_rate"] * min(0.25 + p, (1 - p) / 0.25)
+        torch.nn.utils.clip_grad_norm_(bert.parameters(), 0.1)
+        opt.step()
+        opt.zero_grad()
+        at += n
+    for k, v in bert.state_dict().items():
+        assert (weights()[k] - v).norm() < 0.01 * (v - begin[k]).norm() + 1e-7, k
+
+
+def test_a_run_is_one_graph(run, tiny_data, monkeypatch):
+    """No recompilation by the ramp of the batch, the changing share of masks, or evaluations."""
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    counter, own = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda m, **k: own(m, backend=counter, **k))
+    args = ["--max_steps=12", "--batch_size=24", "--batch_ramp=0.6", "--batch_ramp_rows=8", "--micro_batch_size=8"]
+    args += ["--mask_rate_end=0.1", "--eval_minutes=0.0001", "--compile=True"]
+    assert run("train.py", *TINY, *args)[0] is None and counter.frame_count == 1
+
+
+def test_the_time_after_the_last_checkpoint_counts(run, tiny_data):
+    run("train.py", *TINY, "--max_steps=2")
+    os.remove("out/tiny/model.pt")
+    with open("out/tiny/log.jsonl", "a") as f:
+        f.write('{"step": 3, "hours": 0.5}\n')
+    assert "at step 2, 0.500 h into the budget" in run("train.py", *TINY, "--max_steps=2")[1]
+    assert "0.500 h" in json.loads(Path("out/tiny/rules.json").read_text())["4 one GPU, 24 hours"]["did"]
+
+
+@pytest.mark.parametrize(
+    "tokenizer, source, hours, world, rule",
+    [
+        ("bert.json", "a", 1, 1, "2"),
+        ("", "HuggingFaceFW/fineweb-edu", 1, 1, "2"),
+        ("", "a", 24.1, 1, "4"),
+        ("", "a", 1, 2, "4"),
+        ("", "a", 24, 1, ""),
+    ],
+)
+def test_a_broken_rule_is_named(tokenizer, source, hours, world, rule):
+    record = train.rules_record({"tokenizer_file": tokenizer, "sources": [source]}, hours, "cuda", world)
+    assert [k[0] for k, r in record.items() if not r["ok"]] == list(rule)
+    assert scorecard.rules_line({"rows": {}}, record).startswith(f"broken: {rule} " if rule else "inside")
+    assert scorecard.rules_line({"rows": {"run": {}}}, {}).startswith("unknown")
+
+
+def test_a_sorted_corpus_beyond_the_budget_is_a_warning(capsys, monkeypatch):
+    monkeypatch.setattr(train, "budget_hours", 1.0)
+    for order, speed, warns in (("sentence_length", 5.0, True), ("shuffle", 5.0, False), ("sentence_length", 10.0, False)):
+        meta, state = {"settings": {"order": order}}, {"tokens": 0, "elapsed": 0.0}
+        train.forecast(np.zeros((1000, 36), np.uint16), meta, speed, state)
+        out = capsys.readouterr().out
+        assert ("max_rows=500 cuts after sorting" in out) == warns and f"{speed / 10:.0%} of one epoch" in out
+
+
+@pytest.mark.parametrize(
+    "script, banned",
+    [("prepare.py", {"torch"}), ("train.py", {"datasets"}), ("model.py", {p.stem for p in ROOT.glob("*.py")})],
+)
+def test_what_a_script_may_not_import(script, banned):
+    assert not banned & set(re.findall(r"(?m)^\s*(?:import|from) (\w+)", (ROOT / script).read_text()))
 
 
 def test_a_run_learns_more_than_unigrams(run, tiny_data):
@@ -184,13 +275,13 @@ def last_step():
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_interrupted_and_resumed_equals_uninterrupted(run, tiny_data, home, optimizer):
     """kill -9 twice, then SIGTERM, and a last part that finishes: the same weights, bit for bit, and the same log."""
-    args = [*TINY, "--max_steps=700", "--dropout=0.1", "--checkpoint_minutes=0.002", "--eval_minutes=0.02"]
+    args = [*TINY, "--max_steps=700", "--dropout=0.1", "--checkpoint_minutes=0.0005", "--eval_minutes=0.001"]
     args += [f"--optimizer={optimizer}", "--mask_rate=0.3", "--mask_rate_end=0.15"]
     assert run("train.py", *args, "--out_dir=out/whole", "--checkpoint_minutes=9.0", "--eval_minutes=9.0")[0] is None
     said = []
     for step, kill in ((50, signal.SIGKILL), (200, signal.SIGKILL), (400, signal.SIGTERM), (None, None)):
         process = start("train.py", *args, cwd=home)
-        while kill and last_step() < step:
+        while kill and not (last_step() >= step and Path("out/tiny/ckpt.pt").exists()):
             assert process.poll() is None
             time.sleep(0.005)
         if kill:
@@ -201,19 +292,23 @@ def test_interrupted_and_resumed_equals_uninterrupted(run, tiny_data, home, opti
     a, b = weights("whole"), weights()
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert [(e["step"], e["loss"]) for e in log()] == [(e["step"], e["loss"]) for e in log("whole")]
+    assert len(log(key="val_loss")) > 1  # evaluations change nothing either
 
 
-def test_ctrl_c_in_a_large_step_saves_at_once_and_the_step_is_done_again(run, tiny_data, home):
-    args = [*TINY, "--max_steps=3", "--batch_size=2048", "--micro_batch_size=4", "--dropout=0.1"]
+def test_ctrl_c_in_a_large_step_saves_at_once_and_the_step_is_done_again(run, tiny_data, monkeypatch):
+    args, seen = [*TINY, "--max_steps=3", "--batch_size=64", "--micro_batch_size=4", "--dropout=0.1"], []  # 16 passes a step
     assert run("train.py", *args, "--out_dir=out/whole")[0] is None
-    process = start("train.py", *args, cwd=home)
-    while last_step() < 1 and not (Path("out/tiny/log.jsonl").exists() and Path("out/tiny/log.jsonl").read_text()):
-        assert process.poll() is None
-        time.sleep(0.01)
-    time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    said = "".join(process.communicate())
-    assert "stopped; saved at step 1, the same command continues" in said
+
+    def ctrl_c(loss, model):
+        seen.append(1)
+        if len(seen) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss
+
+    with monkeypatch.context() as patch:
+        sabotage(patch, range(20, 49), ctrl_c)
+        assert "stopped; saved at step 1, the same command continues" in run("train.py", *args)[0]
+    assert len(seen) == 1
     assert run("train.py", *args)[0] is None
     a, b = weights("whole"), weights()
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -236,15 +331,12 @@ def test_the_clock_stops_the_run_and_counts_earlier_parts(run, tiny_data, home):
     time.sleep(1.0)
     process.kill()
     process.communicate()
-    spent = log()[-1]["hours"]
-    message, output = run("train.py", *TINY, *budget)
+    message, output = run("train.py", *TINY, *budget, "--checkpoint_minutes=9.0")
     assert message is None and "continuing" in output and "h of budget, the corpus lasts" in output
     hours = [e["hours"] for e in log()]
     assert hours == sorted(hours) and not [h for h in hours if h > 0.00125]
-    later = [e for e in log() if e["hours"] > spent]
-    assert later[0]["progress"] >= spent / 0.001 - 1e-9  # the killed part's time is not given back
     lr = [e["lr"] for e in log()]
-    assert max(lr) == pytest.approx(0.003, rel=0.05) and lr[-1] < 0.001
+    assert max(lr) == pytest.approx(0.003, rel=0.2) and lr[-1] < 0.002
 
 
 def test_the_end_of_the_corpus(run, tiny_data):
