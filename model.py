@@ -245,7 +245,8 @@ class BERT(nn.Module):
         T, c = ids.size(1), self.config
         if T > c.max_len:
             raise ValueError(f"a sequence of {T} tokens is longer than max_len = {c.max_len}")
-        x, rotary = self.embedding(ids), None
+        words = self.embedding.weight.index_select(0, ids.flatten())  # the compiled gradient of F.embedding is slow on a CPU
+        x, rotary = words.view(*ids.shape, -1), None
         if c.token_types:
             segments = self.type_embedding.weight
             x = x + (segments[0] if types is None else F.embedding(types.clamp(max=c.token_types - 1), segments))

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import pickle
+import platform
 import re
 import signal
 import subprocess
@@ -591,6 +592,24 @@ def test_a_full_disk_loses_nothing_that_was_saved(run, tiny_data, home, where):
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py")]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_a_step_on_a_cpu_works_in_memory_that_it_has():
+    """The C library gives large tensors back to the system, and the next step pays for every page of them again."""
+    code = """
+import resource, torch, hardware
+hardware.pick_device("cpu")
+def step():
+    kept = [torch.zeros(10_000_000) for _ in range(5)]  # 200 MB
+for _ in range(5):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    faults = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert int(faults) < 1000  # of 50,000 pages
 
 
 def test_two_processes_give_the_curve_of_one(run, tiny_data):
