@@ -27,6 +27,7 @@ from configurator import configure, one_line, replace_file
 from export_hf import load_bert, load_run
 from hardware import pick_device, pick_dtype
 from model import BERT, Classifier
+from muon import Muon, split
 from rows import n_ids, special_token
 from scorecard import DOCS, NINE, card_text, write_card
 from train import torch_save
@@ -38,6 +39,7 @@ tasks = ["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"]  # of the
 glue_dir = ""  # folder in the layout of the official download (CoLA/train.tsv, ...); empty = nyu-mll/glue from the hub
 glue_epochs = 5  # [1, inf) epochs; the rules allow up to 5
 glue_batch_size = 16  # [1, inf) examples a step
+glue_optimizer = "adamw"  # {adamw, muon} muon for the matrices of the blocks, and AdamW for the rest
 glue_learning_rate = 4e-5  # (0, inf) peak learning rate
 glue_warmup = 0.1  # [0, 1) share of the steps with a linear warm-up; a cosine to zero follows
 glue_weight_decay = 0.0  # [0, inf) decoupled weight decay
@@ -313,8 +315,10 @@ def finetune(make_model, train, dev, test, n_classes, seed, ids, where, bar):
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model = make_model(n_classes).to(where)
-    decay = {"lr": glue_learning_rate, "weight_decay": glue_weight_decay}
-    opt = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), eps=1e-6, fused=True, **decay)
+    matrices, rest = split(model, model.bert.config.glu) if glue_optimizer == "muon" else ([], model.parameters())
+    rates = {"lr": glue_learning_rate, "weight_decay": glue_weight_decay}
+    opts = [torch.optim.AdamW(rest, betas=(0.9, 0.98), eps=1e-6, fused=True, **rates)]
+    opts += [Muon(matrices, **rates)] if matrices else []
     scaler = torch.amp.GradScaler(where, enabled=model.bert.dtype == torch.float16)
     rows, labels = train
     labels, lengths = torch.from_numpy(labels), np.array([len(r) for r in rows])
@@ -327,15 +331,16 @@ def finetune(make_model, train, dev, test, n_classes, seed, ids, where, bar):
             step += 1
             p, w = step / total, glue_warmup
             factor = p / w if p < w else 0.5 * (1 + math.cos(math.pi * (p - w) / (1 - w)))
-            for group in opt.param_groups:
+            for group in (group for opt in opts for group in opt.param_groups):
                 group["lr"] = glue_learning_rate * factor
             out = model(*collate(rows, index, ids, where))
             y = labels[index].to(where)
             loss = F.mse_loss(out[:, 0], y.float()) if n_classes == 1 else F.cross_entropy(out, y)
             scaler.scale(loss).backward()
-            scaler.step(opt)
+            for opt in opts:
+                scaler.step(opt)
             scaler.update()
-            opt.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)
             bar.update(len(index))
         if not math.isfinite(loss.item()):
             sys.exit(f"finetune_glue.py: the loss became {float(loss)}; lower glue_learning_rate, or --dtype=float32")

@@ -13,6 +13,20 @@ COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of the quintic whose slope at zero is 
 ITERATIONS = 5
 
 
+def split(model, glu):
+    """(groups for Muon: the blocks' matrices; the parameters of all else).
+
+    Queries, keys and values, and the halves of a gated layer, count each for itself.
+    """
+    groups, rest = defaultdict(list), []
+    for name, p in model.named_parameters():
+        if p.ndim == 2 and "blocks." in name:
+            groups[3 if "qkv" in name else 2 if "up" in name and glu else 1].append(p)
+        else:
+            rest.append(p)
+    return [{"params": params, "parts": n} for n, params in groups.items()], rest
+
+
 def orthogonalize(stack):
     """(n, a, b), a <= b, to the nearest matrices with orthonormal rows, in bf16: singular values in [0.65, 1.25]."""
     a, b, c = COEFFICIENTS

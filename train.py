@@ -16,7 +16,6 @@ import shutil
 import signal
 import sys
 import time
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +27,7 @@ from tqdm import tqdm
 from configurator import configure, one_line, replace_file, write_json
 from hardware import compiled, peak_flops, pick_device, pick_dtype
 from model import BERT, Config, flops_per_token
-from muon import Muon
+from muon import Muon, split
 
 out_dir = "out/demo"  # folder of the run
 dataset = "demo"  # corpus: data/<dataset>, as prepare.py wrote it
@@ -194,22 +193,15 @@ def next_rows(rows, cursor, count, where):
 
 
 def make_optimizers(model):
-    """Matrices and embeddings decay; norms, biases and scalars do not (deviation: [repo] decays the position scalar).
-
-    With muon the blocks' matrices are Muon's: queries, keys and values, and the halves of a gated layer, each for itself.
-    """
-    matrices, adam, glu = defaultdict(list), {weight_decay: [], 0.0: []}, model.config.glu
-    for name, p in model.named_parameters():
-        if optimizer == "muon" and p.ndim == 2 and name.startswith("blocks."):
-            matrices[3 if "qkv" in name else 2 if "up" in name and glu else 1].append(p)
-        else:
-            adam[weight_decay if p.ndim >= 2 else 0.0].append(p)
+    """Matrices and embeddings decay; norms, biases and scalars do not (deviation: [repo] decays the position scalar)."""
+    matrices, rest = split(model, model.config.glu) if optimizer == "muon" else ([], model.parameters())
+    adam = {weight_decay: [], 0.0: []}
+    for p in rest:
+        adam[weight_decay if p.ndim >= 2 else 0.0].append(p)
     kind = torch.optim.Adam if optimizer == "adam" else torch.optim.AdamW
     groups = [{"params": params, "weight_decay": decay} for decay, params in adam.items()]
     opts = [kind(groups, lr=learning_rate, betas=(beta1, beta2), eps=adam_eps, fused=True)]
-    if matrices:
-        opts.append(Muon([{"params": params, "parts": n} for n, params in matrices.items()], learning_rate, weight_decay))
-    return opts
+    return opts + ([Muon(matrices, learning_rate, weight_decay)] if matrices else [])
 
 
 def out_of_memory(micro):

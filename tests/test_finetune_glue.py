@@ -368,6 +368,26 @@ def test_the_protocol_is_the_recipes(monkeypatch):
     assert rates == pytest.approx(4e-5 * np.where(p < 0.1, p / 0.1, 0.5 * (1 + np.cos(np.pi * (p - 0.1) / 0.9))))
 
 
+def test_muon_turns_the_blocks_matrices_and_adamw_the_rest(monkeypatch):
+    """A step of Muon turns a matrix by 0.2 sqrt(longer side) times the rate (Liu et al. 2025); AdamW's first is the rate."""
+    from test_model import bert
+
+    classifier = G.Classifier(bert(), 2)
+    before = {name: p.detach().clone() for name, p in classifier.named_parameters()}
+    for key, value in {"glue_optimizer": "muon", "glue_epochs": 1, "glue_warmup": 0.0, "glue_learning_rate": 1e-3}.items():
+        monkeypatch.setattr(G, key, value)
+    rows, y = np.random.default_rng(0).integers(5, 50, (32, 24)).tolist(), np.arange(32) % 2
+    G.finetune(lambda n: classifier, (rows, y), {}, {}, 2, 0, {"pad": 0, "sep": 3}, "cpu", G.tqdm(disable=True))
+    rate = 1e-3 / 2  # of the first of two steps; the second one is at the end of the cosine
+    for name, p in classifier.named_parameters():
+        change = p.detach() - before[name]
+        if name.startswith("bert.blocks.") and p.ndim == 2:
+            for part in change.split(classifier.bert.config.n_embd) if "qkv" in name or "up" in name else [change]:
+                assert 0.6 < torch.linalg.matrix_norm(part, 2) / (0.2 * max(part.shape) ** 0.5 * rate) < 1.3, name
+        elif name in ("pooler.weight", "head.weight"):
+            assert 0.9 < change.abs().max() / rate < 1.01, name
+
+
 def test_padding_changes_no_prediction_and_segments_begin_behind_the_first_sep():
     from test_model import bert
 
