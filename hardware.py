@@ -30,7 +30,7 @@ def pick_device(device):
 
 
 def keep_freed_memory():
-    """Has glibc keep what it frees, not hand it back: fetching it anew, page by page, took a fifth to a third of a step."""
+    """Has glibc keep what it frees, not hand it back: fetching it anew, page by page, took a sixth to a third of a step."""
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # other C libraries have none
         mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own for large tensors
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never

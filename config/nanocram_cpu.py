@@ -3,7 +3,6 @@ exec(open("config/cpu.py").read())
 out_dir = "out/nanocram_cpu"
 
 qk_norm = True
-mask_80_10_10 = False
 
 optimizer = "muon"
 learning_rate = 6e-3
@@ -11,3 +10,7 @@ weight_decay = 0.1
 schedule = "trapezoid"
 warmup = 0.05
 cooldown = 0.6
+
+glue_optimizer = "muon"  # AdamW hardly fine-tunes what Muon has pretrained: results/README.md
+glue_learning_rate = 1.5e-3
+glue_dropout = 0.0
