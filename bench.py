@@ -31,12 +31,12 @@ from finetune_glue import batches, collate
 from hardware import peak_flops, pick_device, pick_dtype
 from model import BERT, Classifier, Config, flops_per_token
 
-SHAPES = {  # layers, width, heads, vocabulary, rows in a micro-batch
+SHAPES = {  # layers, width, heads, vocabulary, rows in a micro-batch (on a GPU GPU_ROWS)
     "demo": (4, 256, 4, 8192, 64),
     "small": (12, 384, 6, 32768, 64),
     "crammed": (16, 768, 12, 32768, 32),
 }
-SEQ_LEN, REPEATS = 128, 5
+SEQ_LEN, REPEATS, GPU_ROWS = 128, 5, 256
 
 
 def need_transformers():
@@ -176,7 +176,8 @@ def bench_train(names):
     where = pick_device("auto")
     best = pick_dtype(where, "auto")
     for name in names:
-        shape, tokens = SHAPES[name], SHAPES[name][4] * SEQ_LEN
+        shape = (*SHAPES[name][:4], GPU_ROWS) if where == "cuda" else SHAPES[name]
+        tokens = shape[4] * SEQ_LEN
         print(f"{name}: {shape[0]} x {shape[1]}, vocabulary {shape[3]:,}, {shape[4]} rows of {SEQ_LEN} a step")
         others = {"nanoCram, eager": (our_step, shape, False)}
         for kind in ("Bert", "ModernBert"):

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from configurator import configure, one_line, replace_file
 from export_hf import load_bert, load_run
-from hardware import pick_device, pick_dtype
+from hardware import pick_device, pick_dtype, repeatable
 from model import BERT, Classifier
 from muon import Muon, split
 from rows import n_ids, special_token
@@ -402,6 +402,7 @@ def load_start(out):
 
 def main(config):
     out, where = Path(out_dir), pick_device(device)
+    repeatable(where)
     model_config, weights, tokenizer, ids, pooler = load_start(out)
     out.mkdir(parents=True, exist_ok=True)
 

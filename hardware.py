@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+import os
 import re
 import sys
 import time
@@ -34,6 +35,14 @@ def keep_freed_memory():
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # other C libraries have none
         mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own for large tensors
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+
+
+def repeatable(where):
+    """The same bytes in every run on this machine: on a GPU, sums by atomic additions come in any order."""
+    if where == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS wants for it
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def pick_dtype(where, dtype):

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from configurator import configure, one_line, replace_file, write_json
-from hardware import compiled, peak_flops, pick_device, pick_dtype
+from hardware import compiled, peak_flops, pick_device, pick_dtype, repeatable
 from model import BERT, Config, flops_per_token
 from muon import Muon, split
 
@@ -168,7 +168,7 @@ def load_bins(folder):
 
 def forecast(rows, meta, speed, state):
     """Says how long the corpus lasts at `speed` tokens/s, and warns where only the head of a sorted one will be seen."""
-    seen, order = state["tokens"] + speed * (budget_hours * 3600 - state["elapsed"]), meta["settings"]["order"]
+    seen, order = state["tokens"] + speed * max(budget_hours * 3600 - state["elapsed"], 0), meta["settings"]["order"]
     tqdm.write(
         f"{budget_hours:.3g} h of budget, the corpus lasts {rows.size / speed / 3600:.3g} h at {speed:,.0f} tokens/s: "
         f"{seen / rows.size:.0%} of one epoch"
@@ -299,11 +299,16 @@ def main(config):
         signal.signal(number, stop)
 
     where, rank, world = pick_device(device), 0, 1
+    if max_steps:
+        repeatable(where)
     if dist.is_torchelastic_launched():  # by torchrun
+        gpu, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if where == "cuda":
+            if gpu >= gpus:
+                sys.exit(f"train.py: torchrun starts more processes than there are GPUs here; --nproc_per_node={gpus}")
+            torch.cuda.set_device(gpu)
         dist.init_process_group("cpu:gloo,cuda:nccl" if where == "cuda" else "gloo")
         rank, world = dist.get_rank(), dist.get_world_size()
-        if where == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         if rank:
             sys.stdout = open(os.devnull, "w")
 
@@ -554,7 +559,7 @@ def main(config):
             f"{state['tokens'] / 1e6:.1f} M tokens, {used / 1e18:.3g} exaFLOP, "
             f"{used / (peak * world * max(hours * 3600, 1e-9)):.0%} of the peak"
         )
-    if world > 1:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

@@ -320,6 +320,19 @@ def test_flops_of_every_switch(changes):
     assert flops_per_token(model.config, T, k) * B * T == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
+@pytest.mark.parametrize("changes", SWITCHES, ids=label)
+def test_what_is_not_computed_is_not_needed(changes):
+    """Logits at some positions, and their gradients, are those of a model that computes everything everywhere."""
+    model, ids, positions = bert(**changes).eval(), torch.randint(50, (2, 8)), torch.tensor([3, 1, 8, 15])
+    everywhere = model.logits(model.encode(ids)).flatten(0, 1)
+    weights = list(model.parameters())
+    found = [model(ids, positions), everywhere[positions]]
+    gradients = [torch.autograd.grad(x.square().sum(), weights, allow_unused=True) for x in found]
+    assert torch.allclose(*found, atol=1e-6)
+    for x, y in zip(*gradients):
+        assert x is y is None or torch.allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
 def test_one_graph_and_no_recompilation_with_a_batch_ramp():
     """The step of train.py is compiled once: an evaluation between steps and other micro-batch counts change nothing."""
     from torch._dynamo.testing import CompileCounter
