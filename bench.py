@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -28,7 +29,7 @@ import finetune_glue
 import train
 from export_hf import export
 from finetune_glue import batches, collate
-from hardware import peak_flops, pick_device, pick_dtype
+from hardware import peak_flops, pick_device, pick_dtype, repeatable
 from model import BERT, Classifier, Config, flops_per_token
 
 SHAPES = {  # layers, width, heads, vocabulary, rows in a micro-batch (on a GPU GPU_ROWS)
@@ -71,29 +72,35 @@ def synchronize(where):
         torch.cuda.synchronize()
 
 
-def our_config(shape):
+def our_keys(shape):
     n_layer, width, heads, vocab, _ = shape
-    return Config(vocab_size=vocab, n_layer=n_layer, n_embd=width, n_head=heads, n_inner=4 * width, max_len=SEQ_LEN)
+    return {"vocab_size": vocab, "n_layer": n_layer, "n_embd": width, "n_head": heads, "n_inner": 4 * width}
 
 
-def our_step(shape, compile):
-    """The full step of train.py, which returns {part: seconds}."""
-    where, config, rows = pick_device("auto"), our_config(shape), shape[4]
+def our_config(keys):
+    return Config(**{k: v for k, v in keys.items() if k in Config.__dataclass_fields__})
+
+
+def our_step(keys, rows, micro, compile):
+    """The full step of train.py for the keys of a recipe, with `rows` in a batch. It returns {part: seconds}."""
+    vars(train).update({k: v for k, v in keys.items() if k in vars(train)})
+    where, config = pick_device(keys.get("device", "auto")), our_config(keys)
     model = BERT(config).to(where)
-    model.dtype = pick_dtype(where, "auto")
-    vocab, generator = config.vocab_size, torch.Generator(where).manual_seed(0)
-    opts, data = train.make_optimizers(model), np.random.default_rng(0).integers(5, vocab, (1000, SEQ_LEN)).astype(np.uint16)
-    count = train.n_masked(SEQ_LEN, train.mask_rate)
+    model.dtype = pick_dtype(where, keys.get("dtype", "auto"))
+    vocab, T, generator = config.vocab_size, keys.get("seq_len", SEQ_LEN), torch.Generator(where).manual_seed(0)
+    opts, data = train.make_optimizers(model), np.random.default_rng(0).integers(5, vocab, (1000, T)).astype(np.uint16)
+    count = train.n_masked(T, train.mask_rate)
     forward = torch.compile(model, dynamic=False) if compile else model
 
     def step():
         times = [time.monotonic()]
         ids = train.next_rows(data, 0, rows, where)
-        inputs, positions, targets = train.mask_tokens(ids, count, 4, vocab, generator)
-        batch = inputs, train.flat(positions, SEQ_LEN), targets.flatten()
+        batch = train.mask_tokens(ids, count, 4, vocab, generator, train.mask_80_10_10)
+        parts = [(i, train.flat(p, T), t.flatten()) for i, p, t in zip(*(x.split(micro) for x in batch))]
         synchronize(where)
         times.append(time.monotonic())
-        forward(*batch).backward()
+        for part in parts:
+            (forward(*part) * (micro / rows)).backward()
         synchronize(where)
         times.append(time.monotonic())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
@@ -102,7 +109,7 @@ def our_step(shape, compile):
         model.zero_grad(set_to_none=True)
         synchronize(where)
         times.append(time.monotonic())
-        return dict(zip(("data and masks", "forward and backward", "clip and AdamW"), np.diff(times)))
+        return dict(zip(("data and masks", "forward and backward", "clip and optimizer"), np.diff(times)))
 
     return step
 
@@ -177,31 +184,55 @@ def bench_train(names):
     best = pick_dtype(where, "auto")
     for name in names:
         shape = (*SHAPES[name][:4], GPU_ROWS) if where == "cuda" else SHAPES[name]
-        tokens = shape[4] * SEQ_LEN
+        rows, keys, tokens = shape[4], our_keys(shape), shape[4] * SEQ_LEN
         print(f"{name}: {shape[0]} x {shape[1]}, vocabulary {shape[3]:,}, {shape[4]} rows of {SEQ_LEN} a step")
-        others = {"nanoCram, eager": (our_step, shape, False)}
+        others = {"nanoCram, eager": (our_step, keys, rows, rows, False)}
         for kind in ("Bert", "ModernBert"):
             for dtype, compile in ((torch.float32, False), (best, False), (best, True)):
                 label = f"{kind}ForMaskedLM, {str(dtype)[6:]}, {'compiled' if compile else 'eager'}"
                 others[label] = (their_step, shape, kind, where, dtype, compile)
         turns, peaks = [], []
-        with worker(our_step, shape, True) as ours:
+        with worker(our_step, keys, rows, rows, True) as ours:
             for label, candidate in others.items():
-                with worker(*candidate) as theirs:
-                    rounds = []
-                    for _ in range(REPEATS):
-                        peaks.append(peak_flops(where, best)[0])
-                        turns.append(ours.submit(turn).result())
-                        rounds.append(theirs.submit(turn).result())
+                rounds = []
+                try:
+                    with worker(*candidate) as theirs:
+                        for _ in range(REPEATS):
+                            peaks.append(peak_flops(where, best)[0])
+                            turns.append(ours.submit(turn).result())
+                            rounds.append(theirs.submit(turn).result())
+                except BrokenProcessPool:
+                    print(f"  {label}: its process ended, see above; out of memory?", flush=True)
+                    continue
                 base = median(t[0] for t in turns[-REPEATS:])
                 show(label, [t[0] for t in rounds], tokens, "tokens/s", tokens / base, rounds[-1][2])
         show("nanoCram, compiled", [t[0] for t in turns], tokens, "tokens/s", None, turns[-1][2])
         step_time = median(sum(t[1].values()) for t in turns)
         shares = ", ".join(f"{part} {median(t[1][part] for t in turns) / step_time:.1%}" for part in turns[0][1])
-        flops = tokens * flops_per_token(our_config(shape), SEQ_LEN, train.n_masked(SEQ_LEN, train.mask_rate))
+        flops = tokens * flops_per_token(our_config(keys), SEQ_LEN, train.n_masked(SEQ_LEN, train.mask_rate))
         mfu = median(flops / t[0] / peak for t, peak in zip(turns, peaks))
         print(f"  of the compiled step: {shares}")
         print(f"  MFU {mfu:.0%} of {median(peaks) / 1e12:.2f} TFLOP/s in {str(best)[6:]}, {peak_flops(where, best)[1]}\n")
+
+
+def relative_speeds(recipes):
+    """{name: tokens/s as a share of the first one's} of {name: (keys, rows of a batch, rows of a micro-batch)}.
+
+    One that does not run is not in the result.
+    """
+    (first, reference), *others = recipes.items()
+    speeds = {first: 1.0}
+    with worker(our_step, *reference, reference[0]["compile"]) as base:
+        for name, recipe in others:
+            try:
+                with worker(our_step, *recipe, recipe[0]["compile"]) as other:
+                    turns = [(base.submit(turn).result()[0], other.submit(turn).result()[0]) for _ in range(REPEATS)]
+            except BrokenProcessPool:
+                print(f"{name}: does not run", flush=True)
+                continue
+            speeds[name] = median(a / b for a, b in turns) * recipe[1] / reference[1]
+            print(f"{name}: {speeds[name]:.2f} times the tokens/s of {first}", flush=True)
+    return speeds
 
 
 def bench_prepare(folder):
@@ -264,6 +295,7 @@ def bench_finetune():
     """Lengths as in GLUE's single sentences and pairs: most are short. Batches of 16, width 256."""
     transformers = need_transformers()
     where, rng = pick_device("auto"), np.random.default_rng(0)
+    repeatable(where)  # as finetune_glue.py is; for the others too
     ids = {"pad": 0, "cls": 2, "sep": 3}
     rows = [[2, *rng.integers(5, 8192, max(int(n), 3)).tolist(), 3] for n in np.minimum(rng.gamma(3, 12, 1600), 120)]
     lengths = np.array([len(r) for r in rows])

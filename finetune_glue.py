@@ -421,6 +421,7 @@ def main(config):
     own = {k: v for k, v in config.items() if k in globals()}
     free = ("glue_dir", "glue_init", "glue_seeds", "glue_submit", "glue_save")  # they change no score
     settings = {k: v for k, v in own.items() if k.startswith("glue_") and k not in free}
+    settings["dtype"] = str(pick_dtype(where, dtype))[6:]
     card = json.loads((out / "glue.json").read_text()) if (out / "glue.json").exists() else {"rows": {}}
     card |= {"settings": own, "versions": {"python": platform.python_version(), "torch": str(torch.__version__)}}
     row, jobs = card["rows"].setdefault(glue_init, {}), []

@@ -14,9 +14,9 @@ from configurator import one_line
 
 # Dense fp16/bf16 tensor peaks in TFLOP/s: the first three as the paper counts them, the others from NVIDIA's data sheets.
 GPU_PEAKS = {
-    "2080 Ti": 53.8, "A4000": 88.5, "A6000": 154.8, "V100": 125, "T4": 65, "A5000": 111, "3090": 71, "4090": 165,
-    "5090": 209, "A100": 312, "A10": 125, "L40S": 362, "L40": 181, "L4": 121,
-    "H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250,
+    "2080 Ti": 53.8, "A4000": 88.5, "A6000": 154.8, "V100": 125, "T4": 65, "A5000": 111, "3090 Ti": 80, "3090": 71,
+    "4090": 165, "5090": 209, "A100": 312, "A10": 125, "L40S": 362, "L40": 181, "L4": 121,
+    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "B200": 2250,
 }  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def peak_flops(where, act_dtype):
     if where == "cuda":
         name = torch.cuda.get_device_name()
         for key, tflops in GPU_PEAKS.items():
-            if re.search(rf"\b{key}\b", name):
+            if re.search(rf"\b{key}\b", name) and "MIG" not in name:  # which is a slice of a GPU
                 return tflops * 1e12, name
     a, seconds = torch.rand(2048, 2048, generator=torch.Generator().manual_seed(0)).to(where, act_dtype), []
     for _ in range(12):

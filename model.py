@@ -68,8 +68,11 @@ def require_possible(config):
 class Linear(nn.Linear):
     """Linear layer that casts its fp32 weights to the dtype of its input. part: a slice of the outputs, to have these only."""
 
-    def forward(self, x, part=slice(None)):
-        return F.linear(x, self.weight[part].to(x.dtype), None if self.bias is None else self.bias[part].to(x.dtype))
+    def forward(self, x, part=None):
+        weight, bias = self.weight, self.bias
+        if part is not None:
+            weight, bias = weight[part], None if bias is None else bias[part]
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 class LayerNorm(nn.LayerNorm):
@@ -301,10 +304,10 @@ class Classifier(nn.Module):
 
     def forward(self, ids, mask, types=None):
         """ids, mask and types (B, T) as in BERT.encode. Returns (B, n_classes) in fp32."""
-        hidden = self.bert.encode(ids, mask, types)
         if self.pooling == "first":
-            pooled = hidden[:, 0].float()
+            pooled = self.bert.encode(ids, mask, types, torch.arange(ids.size(0), device=ids.device) * ids.size(1)).float()
         else:
+            hidden = self.bert.encode(ids, mask, types)
             pooled = (hidden.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         return self.head(dropout(torch.tanh(self.pooler(pooled)), self.dropout, self.training))
 

@@ -7,6 +7,9 @@ what the others are compared with. Each is prepared and trained with every seed,
 (--tasks=cola,rte). Other words go to all stages, before what an entry changes. The same command continues a sweep that
 was stopped, and skips what is done; a run that fails does not end it. --table=True runs nothing.
 
+Runs by the clock are only fair on a machine that has nothing else to do. With --tokens=N the first entry sees N tokens, and
+each other one as many as it would in the same time: its speed is measured first, in turns with that of the first entry.
+
 out/sweep/<name>-<seed>/ are runs like any other; out/sweep/table.md and sweep.png are what came out.
 """
 
@@ -20,13 +23,15 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import ROOT, check, configure, literal, replace_file
-from train import FREE_KEYS
+import train
+from bench import relative_speeds
+from configurator import ROOT, check, configure, literal, replace_file, write_json
 
 seeds = 1  # [1, inf) runs of each entry, with the seeds 1337, 1338, ...
 out = "out/sweep"  # folder of the runs and of the table
+tokens = 0  # [0, inf) tokens that the first entry sees, 0 = the clock decides
 table = False  # only make the table of what is there
-OWN = {"seeds": (seeds, "[1, inf)"), "out": (out, ""), "table": (table, "")}
+OWN = {"seeds": (seeds, "[1, inf)"), "out": (out, ""), "tokens": (tokens, "[0, inf)"), "table": (table, "")}
 
 
 def words_of(name, extra):
@@ -36,6 +41,25 @@ def words_of(name, extra):
     if name != "ablations" and (ROOT / "config" / f"{name}.py").exists():
         return [f"config/{name}.py", *scale, *rest]
     return ["config/crammed.py", *scale, *rest, f"--ablation={name}"]
+
+
+def steps_of(configs):
+    """{name: max_steps}: `tokens` of the first entry, and of the others what their speed makes of the same time."""
+    recipes, path = {}, Path(out) / "speeds.json"
+    for name, config in configs.items():
+        vars(train).update({k: config[k] for k in ("batch_size", "batch_ramp", "batch_ramp_rows")})
+        rows = np.mean([train.batch_rows(p) for p in np.linspace(0, 1, 1001)])
+        micro = config["micro_batch_size"]
+        recipes[name] = config, max(round(rows / micro), 1) * micro, micro, rows * config["seq_len"]
+    speeds, first = json.loads(path.read_text()) if path.exists() else {}, next(iter(configs))
+    if first not in speeds:
+        speeds = {first: 1.0}
+    if new := [name for name in configs if name not in speeds]:
+        found = relative_speeds({name: recipes[name][:3] for name in [first, *new]})
+        speeds |= {name: found[name] * speeds[first] for name in new if name in found}
+        write_json(path, speeds)
+    shares = {name: speeds.get(name, 1.0) / speeds[first] for name in configs}  # one that did not run will say why
+    return {name: max(round(tokens * shares[name] / recipe[3]), 1) for name, recipe in recipes.items()}
 
 
 def call(script, words):
@@ -73,7 +97,7 @@ def run(name, seed, extra):
             return "train.py failed"
     else:
         done = json.loads((folder / "config.json").read_text())
-        keys = done.keys() & config.keys() - {*FREE_KEYS, "seed", "vocab_size"}  # that one is the data set's
+        keys = done.keys() & config.keys() - {*train.FREE_KEYS, "seed", "vocab_size"}  # that one is the data set's
         if changed := [key for key in sorted(keys) if done[key] != config[key]]:
             return f"{folder} is a run with another {', '.join(changed)}"
         if data.exists() and json.loads(data.read_text())["sha256"]["train"] != done["train_sha256"]:
@@ -149,9 +173,10 @@ def main(names, extra):
                 sys.exit(f"sweep.py: {name} and {other} are the same experiment here; leave one out")
     Path(out).mkdir(parents=True, exist_ok=True)
     failed = {}
+    steps = steps_of(configs) if tokens and not table else {}
     for seed in [] if table else range(1337, 1337 + seeds):
         for name in names:
-            if reason := run(name, seed, extra):
+            if reason := run(name, seed, [*extra, *([f"--max_steps={steps[name]}"] if steps else [])]):
                 failed[name] = reason
                 print(f"sweep.py: {name}: {reason}", flush=True)
             report(names, failed)

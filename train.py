@@ -39,7 +39,7 @@ mask_rate = 0.25  # (0, 1) share of a row's positions to predict
 mask_rate_end = 0.0  # [0, 1) share to which mask_rate moves in a line with progress, 0 = it stays
 mask_80_10_10 = True  # of those 80 % become <mask>, 10 % a random token, 10 % stay; else all become <mask>
 batch_size = 8192  # [1, inf) rows a step, at the end of the ramp
-micro_batch_size = 128  # [1, inf) rows a forward pass; changes memory and speed, not the result
+micro_batch_size = 128  # [1, inf) rows a forward pass, a divisor of both batch keys; changes memory and speed, not the result
 batch_ramp = 0.6  # [0, 1] share of progress over which the batch grows, 0 = no ramp
 batch_ramp_rows = 128  # [1, inf) rows in the ramp's first batch, and in each increment
 learning_rate = 1e-3  # (0, inf) peak learning rate
@@ -211,8 +211,8 @@ def out_of_memory(micro):
     return f"out of memory; --micro_batch_size={smaller} needs less for the same result"
 
 
-def first_non_finite(model, *batch):
-    """The first module whose output on the batch is not finite: where a run broke."""
+def first_non_finite(model, batches):
+    """The first module whose output on one of the batches is not finite: where a run broke."""
     names = []
 
     def look(name):
@@ -220,7 +220,8 @@ def first_non_finite(model, *batch):
 
     hooks = [module.register_forward_hook(look(name or "the loss")) for name, module in model.named_modules()]
     with torch.no_grad():
-        model(*batch)
+        for batch in batches:
+            model(*batch)
     for hook in hooks:
         hook.remove()
     return names[0] if names else "none, only gradients"
@@ -316,8 +317,10 @@ def main(config):
     if batch_size % world or ramp_rows % world:
         sys.exit(f"train.py: batch_size and batch_ramp_rows must be divisible by the number of processes, {world}")
     micro = math.gcd(micro_batch_size, batch_size // world, ramp_rows // world)  # rows a forward pass on this device
-    if micro != micro_batch_size and world == 1:
-        sys.exit(f"train.py: micro_batch_size = {micro_batch_size} must divide batch_size and batch_ramp_rows")
+    if micro != micro_batch_size:
+        if world == 1:
+            sys.exit(f"train.py: micro_batch_size = {micro_batch_size} must divide batch_size and batch_ramp_rows")
+        print(f"train.py: micro-batches of {micro} rows, which divide each process's part of batch_size and batch_ramp_rows")
     if schedule == "inverse_sqrt" and not warmup:
         sys.exit("train.py: schedule=inverse_sqrt falls from the end of its warm-up; set warmup, for instance to 0.06")
     train_rows, val_rows, meta = load_bins(folder)
@@ -448,11 +451,11 @@ def main(config):
             steps, tokens, timer = 0, 0, now
             loss_sum, skipped = torch.zeros_like(loss_sum), torch.zeros_like(skipped)
         if (save or done or stop_now or not steps) and streak >= too_many:
-            if not (out / "ckpt.pt").exists() or state["step"] - last_recovery < 100:
+            if not (out / "ckpt.pt").exists() or state["step"] - int(streak) - last_recovery < 100:
                 sys.exit(
                     f"train.py: loss or gradient not finite {int(streak)} times in a row, step {state['step']:,}, learning "
                     f"rate {lr:.3g}, gradient norm {float(grad_norm):.3g}, first module with such an output: "
-                    f"{first_non_finite(model, *batches[-1])}; lower learning_rate, or --dtype=float32; "
+                    f"{first_non_finite(model, batches)}; lower learning_rate, or --dtype=float32; "
                     "what was saved is intact"
                 )
             ckpt = load_checkpoint(out / "ckpt.pt", config)
@@ -517,9 +520,9 @@ def main(config):
                 scaler.scale(loss).backward()
                 step_loss += loss.detach()
         except torch.OutOfMemoryError:
-            if world > 1:
-                raise
             reason = out_of_memory(micro)
+            if world > 1:  # the others wait for this process's gradients
+                sys.exit(f"train.py: {reason}; what was saved before is intact")
         if reason and world == 1:  # do not let a large batch delay the checkpoint; this step is done again, from its start
             model.zero_grad(set_to_none=True)
             continue

@@ -189,14 +189,14 @@ def test_same_seed_same_score_and_pretrained_differs_from_scratch(run, glue, mod
 
 
 def test_a_task_that_can_be_learned_is_learned(run, glue, model):
-    """Which of two words a text holds: a linear probe would do, so the loop must."""
+    """Which of two words a text holds: a linear probe of the mean would do, so the loop must, with any seed."""
     words = [["bal", "0"], ["dem", "1"]]
     rows = [[f"fal gol {w} fin", y] for w, y in words * 200]
     for part in ("train", "dev"):
         write(Path(f"glue/SST-2/{part}.tsv"), ["sentence", "label"], rows)
-    args = ["--tasks=sst2", "--glue_epochs=5", "--glue_seeds=1", "--glue_learning_rate=0.003"]
+    args = ["--tasks=sst2", "--glue_epochs=5", "--glue_seeds=3", "--glue_learning_rate=0.003", "--glue_pooling=mean"]
     assert run("finetune_glue.py", *TINY, *SMALL, *args)[0] is None
-    assert json.loads(Path("out/tiny/glue.json").read_text())["rows"]["run"]["sst2"]["median"] > 95
+    assert min(json.loads(Path("out/tiny/glue.json").read_text())["rows"]["run"]["sst2"]["scores"]) > 95
 
 
 def test_glue_max_train_is_noted(run, glue, model):

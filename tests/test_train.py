@@ -542,8 +542,8 @@ def test_the_diagnosis_names_the_first_module(run, tiny_data):
     with torch.no_grad():
         broken.blocks[1].up.weight[3, 3] = math.inf
     batch = torch.randint(50, (2, 16)), torch.arange(4), torch.arange(4)
-    assert train.first_non_finite(broken, *batch) == "blocks.1.up"
-    assert train.first_non_finite(bert(), *batch) == "none, only gradients"
+    assert train.first_non_finite(broken, [batch]) == "blocks.1.up"
+    assert train.first_non_finite(bert(), [batch]) == "none, only gradients"
 
 
 def test_out_of_memory_saves_and_says_what_to_set(run, tiny_data, monkeypatch):
