@@ -226,7 +226,7 @@ def relative_speeds(recipes):
         for name, recipe in others:
             try:
                 with worker(our_step, *recipe, recipe[0]["compile"]) as other:
-                    turns = [(base.submit(turn).result()[0], other.submit(turn).result()[0]) for _ in range(REPEATS)]
+                    turns = [(base.submit(turn).result()[0], other.submit(turn).result()[0]) for _ in range(3 * REPEATS)]
             except BrokenProcessPool:
                 print(f"{name}: does not run", flush=True)
                 continue
