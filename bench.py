@@ -11,7 +11,6 @@ take turns, so that a noisy machine is noisy for all of them; shown are medians 
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -170,6 +169,8 @@ def turn():
     seconds = (time.monotonic() - start) / n
     if torch.cuda.is_available():
         return seconds, parts, torch.cuda.max_memory_allocated()
+    import resource  # which Windows lacks
+
     return seconds, parts, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

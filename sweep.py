@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 import train
-from bench import relative_speeds
+from bench import our_config, relative_speeds
 from configurator import ROOT, check, configure, literal, replace_file, write_json
 
 seeds = 1  # [1, inf) runs of each entry, with the seeds 1337, 1338, ...
@@ -32,6 +32,7 @@ out = "out/sweep"  # folder of the runs and of the table
 tokens = 0  # [0, inf) tokens that the first entry sees, 0 = the clock decides
 table = False  # only make the table of what is there
 OWN = {"seeds": (seeds, "[1, inf)"), "out": (out, ""), "tokens": (tokens, "[0, inf)"), "table": (table, "")}
+WORK = ["seq_len", "mask_rate", "mask_80_10_10", "optimizer", "dtype", "device", "compile"]  # what else a step's time is of
 
 
 def words_of(name, extra):
@@ -45,20 +46,23 @@ def words_of(name, extra):
 
 def steps_of(configs):
     """{name: max_steps}: `tokens` of the first entry, and of the others what their speed makes of the same time."""
-    recipes, path = {}, Path(out) / "speeds.json"
+    recipes, kinds, like, path = {}, {}, {}, Path(out) / "speeds.json"
     for name, config in configs.items():
         vars(train).update({k: config[k] for k in ("batch_size", "batch_ramp", "batch_ramp_rows")})
         rows = np.mean([train.batch_rows(p) for p in np.linspace(0, 1, 1001)])
         micro = config["micro_batch_size"]
         recipes[name] = config, max(round(rows / micro), 1) * micro, micro, rows * config["seq_len"]
+        work = repr([our_config(config), recipes[name][1:], [config[key] for key in WORK]])  # equal work, equal speed
+        like[name] = kinds.setdefault(work, name)
     speeds, first = json.loads(path.read_text()) if path.exists() else {}, next(iter(configs))
     if first not in speeds:
         speeds = {first: 1.0}
-    if new := [name for name in configs if name not in speeds]:
+    if new := [name for name in kinds.values() if name not in speeds]:
         found = relative_speeds({name: recipes[name][:3] for name in [first, *new]})
         speeds |= {name: found[name] * speeds[first] for name in new if name in found}
-        write_json(path, speeds)
-    shares = {name: speeds.get(name, 1.0) / speeds[first] for name in configs}  # one that did not run will say why
+    speeds |= {name: speeds[like[name]] for name in configs if like[name] in speeds}  # one that did not run will say why
+    write_json(path, speeds)
+    shares = {name: speeds.get(name, 1.0) / speeds[first] for name in configs}
     return {name: max(round(tokens * shares[name] / recipe[3]), 1) for name, recipe in recipes.items()}
 
 
@@ -107,7 +111,7 @@ def run(name, seed, extra):
     return None
 
 
-def result(folder):
+def result(folder, speed):
     """What a finished run reached, {column: number}, and the sha256 of the two files that make its val_loss."""
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     config = json.loads((folder / "config.json").read_text())
@@ -115,7 +119,7 @@ def result(folder):
     speeds = [e["tokens_per_s"] for e in entries if "tokens_per_s" in e]
     row = {"layers": config["n_layer"], "width": config["n_embd"], "val_loss": last["val_loss"]}
     row |= {"M tokens": last["tokens"] / 1e6, "epochs": [e["epoch"] for e in entries if "epoch" in e][-1]}
-    row |= {"k tokens/s": np.median(speeds) / 1e3}
+    row |= {"speed": speed} if speed else {"k tokens/s": np.median(speeds) / 1e3}
     if (folder / "glue.json").exists():
         scores = json.loads((folder / "glue.json").read_text())["rows"].get("run", {})
         row |= {task: entry["median"] for task, entry in scores.items()}
@@ -124,10 +128,11 @@ def result(folder):
 
 def collect(names):
     """{name: ([row of each finished seed], whether its val_loss compares with that of the first one with a run)}."""
-    found, reference = {}, None
+    found, reference, path = {}, None, Path(out) / "speeds.json"
+    relative = json.loads(path.read_text()) if path.exists() else {}
     for name in names:
         folders = sorted(path.parent for path in Path(out).glob(f"{name}-*/model.pt"))
-        results = [result(folder) for folder in folders if folder.name.removeprefix(f"{name}-").isdigit()]
+        results = [result(folder, relative.get(name)) for folder in folders if folder.name.removeprefix(f"{name}-").isdigit()]
         if reference is None and results:
             reference = results[0][1]
         found[name] = [row for row, _ in results], all(files == reference for _, files in results)
@@ -145,7 +150,7 @@ def report(names, failed):
     """Writes and returns the Markdown table: mean ± standard deviation over n pretraining seeds. Also {name: losses}."""
     found = collect(names)
     columns = list(dict.fromkeys(c for rows, _ in found.values() for r in rows for c in r)) or ["val_loss"]
-    digits = {"layers": 0, "width": 0, "val_loss": 3, "epochs": 2}
+    digits = {"layers": 0, "width": 0, "val_loss": 3, "epochs": 2, "speed": 2}
     lines = ["| | n | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for name, (rows, comparable) in found.items():
         cells = [cell([row[c] for row in rows if c in row], digits.get(c, 1)) for c in columns]
@@ -157,6 +162,8 @@ def report(names, failed):
             "",
             "In brackets: another tokenizer or val.bin than the first finished row's, so these val_loss do not compare.",
         ]
+    if "speed" in columns:
+        lines += ["", "Speed: tokens a second as a share of the first entry's, measured side by side before the runs."]
     text = "\n".join(lines) + "\n"
     with replace_file(Path(out) / "table.md") as f:
         f.write(text.encode())

@@ -71,16 +71,22 @@ def test_the_order_of_words_is_the_order_of_meaning(home):
 
 
 def test_tokens_in_place_of_the_clock(run, home):
-    """The first entry sees so many tokens, a faster one more; speeds are measured once. The batch grows from 8 to 16 rows."""
-    words = ["crammed", "half_depth", "--tokens=9000", "--out=out/s", *[w for w in SMALL if "max_steps" not in w]]
+    """The first entry sees so many tokens, a faster one more; equal work has equal speed. Speeds are measured once.
+
+    The batch grows from 8 to 16 rows.
+    """
+    words = ["crammed", "half_depth", "cosine_schedule", "--tokens=9000", "--out=out/s", *[w for w in SMALL if "max_steps" not in w]]
     words += ["--batch_size=16", "--batch_ramp=0.5", "--batch_ramp_rows=8"]
     message, output = run("sweep.py", *words)
     assert message is None, message
     speeds = json.loads(Path("out/s/speeds.json").read_text())
     assert speeds["crammed"] == 1.0 and speeds["half_depth"] > 0 and "half_depth: " in output
+    assert speeds["cosine_schedule"] == 1.0 and "cosine_schedule: " not in output
     for name, speed in speeds.items():
         done = json.loads(Path(f"out/s/{name}-1337/config.json").read_text())
         assert done["max_steps"] == pytest.approx(9000 * speed / (32 * (0.25 * 8 + 0.75 * 16)), abs=0.6)
+    table = Path("out/s/table.md").read_text().splitlines()
+    assert "| speed |" in table[0] and [line.split(" | ")[-1] for line in table[2:5:2]] == ["1.00 |", "1.00 |"]
     message, output = run("sweep.py", *words)
     assert message is None and "times the tokens/s" not in output and "== train.py" not in output
 
