@@ -75,7 +75,8 @@ def test_tokens_in_place_of_the_clock(run, home):
 
     The batch grows from 8 to 16 rows.
     """
-    words = ["crammed", "half_depth", "cosine_schedule", "--tokens=9000", "--out=out/s", *[w for w in SMALL if "max_steps" not in w]]
+    words = ["crammed", "half_depth", "cosine_schedule", "--tokens=9000", "--out=out/s"]
+    words += [w for w in SMALL if "max_steps" not in w]
     words += ["--batch_size=16", "--batch_ramp=0.5", "--batch_ramp_rows=8"]
     message, output = run("sweep.py", *words)
     assert message is None, message
