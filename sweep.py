@@ -45,7 +45,10 @@ def words_of(name, extra):
 
 
 def steps_of(configs):
-    """{name: max_steps}: `tokens` of the first entry, and of the others what their speed makes of the same time."""
+    """{name: max_steps}: `tokens` of the first entry, and of the others what their speed makes of the same time.
+
+    One that does not run is not in it.
+    """
     recipes, kinds, like, path = {}, {}, {}, Path(out) / "speeds.json"
     for name, config in configs.items():
         vars(train).update({k: config[k] for k in ("batch_size", "batch_ramp", "batch_ramp_rows")})
@@ -60,10 +63,10 @@ def steps_of(configs):
     if new := [name for name in kinds.values() if name not in speeds]:
         found = relative_speeds({name: recipes[name][:3] for name in [first, *new]})
         speeds |= {name: found[name] * speeds[first] for name in new if name in found}
-    speeds |= {name: speeds[like[name]] for name in configs if like[name] in speeds}  # one that did not run will say why
+    speeds |= {name: speeds[like[name]] for name in configs if like[name] in speeds}
     write_json(path, speeds)
-    shares = {name: speeds.get(name, 1.0) / speeds[first] for name in configs}
-    return {name: max(round(tokens * shares[name] / recipe[3]), 1) for name, recipe in recipes.items()}
+    shares = {name: speeds[name] / speeds[first] for name in configs if name in speeds}
+    return {name: max(round(tokens * share / recipes[name][3]), 1) for name, share in shares.items()}
 
 
 def call(script, words):
@@ -179,10 +182,10 @@ def main(names, extra):
             if not [k for k in config if config[k] != configs[other][k] and k not in ("out_dir", "dataset")]:
                 sys.exit(f"sweep.py: {name} and {other} are the same experiment here; leave one out")
     Path(out).mkdir(parents=True, exist_ok=True)
-    failed = {}
     steps = steps_of(configs) if tokens and not table else {}
+    failed = {name: "does not run, see above" for name in names if steps and name not in steps}
     for seed in [] if table else range(1337, 1337 + seeds):
-        for name in names:
+        for name in [name for name in names if name in steps or not steps]:
             if reason := run(name, seed, [*extra, *([f"--max_steps={steps[name]}"] if steps else [])]):
                 failed[name] = reason
                 print(f"sweep.py: {name}: {reason}", flush=True)
