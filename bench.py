@@ -24,10 +24,10 @@ from statistics import median
 import numpy as np
 import torch
 
-import finetune_glue
 import train
 from export_hf import export
 from finetune_glue import batches, collate
+from glue import METRICS, load_task
 from hardware import peak_flops, pick_device, pick_dtype, repeatable
 from model import BERT, Classifier, Config, flops_per_token
 
@@ -344,13 +344,13 @@ def bench_score(run, glue, name):
     """The exported model in a plain loop of transformers: shuffled, padded to 128, fp32; settings as in RUN/glue.json."""
     transformers, where = need_transformers(), pick_device("auto")
     card = json.loads(Path(run, "glue.json").read_text())["rows"] if Path(run, "glue.json").exists() else {}
-    finetune_glue.glue_dir, ours = glue, card.get("run", {}).get(name)
+    ours = card.get("run", {}).get(name)
     if not ours or name == "mnli":
         sys.exit(
             f"bench.py: {run}/glue.json has no score of {name} with one dev set; run finetune_glue.py --tasks={name} first"
         )
     print(f"finetune_glue.py: {name} {', '.join(f'{x:.1f}' for x in ours['scores'])}")
-    task, setting = finetune_glue.load_task(name), {k.removeprefix("glue_"): v for k, v in ours["settings"].items()}
+    task, setting = load_task(name, glue), {k.removeprefix("glue_"): v for k, v in ours["settings"].items()}
     (dev,), train = task.dev.values(), task.train
     if setting.get("optimizer") == "muon":
         sys.exit(f"bench.py: {run}/glue.json is of Muon, but this loop is of AdamW; score again with --glue_optimizer=adamw")
@@ -390,7 +390,7 @@ def bench_score(run, glue, name):
             with torch.no_grad():
                 out = torch.cat([model(**inputs(dev[i : i + 64])).logits.cpu() for i in range(0, len(dev), 64)])
             found = out.argmax(-1) if task.labels else out[:, 0]
-            score = finetune_glue.METRICS[task.metric](found.numpy(), np.array([e[2] for e in dev]))
+            score = METRICS[task.metric](found.numpy(), np.array([e[2] for e in dev]))
             rate = size * steps / seconds
             print(f"transformers, seed {seed}: {name} {score:.1f}, {seconds:.0f} s, {rate:.0f} examples/s", flush=True)
 
