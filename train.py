@@ -303,6 +303,8 @@ def main(config):
     if max_steps:
         repeatable(where)
     if dist.is_torchelastic_launched():  # by torchrun
+        from torch import _dynamo  # noqa: F401  imported after the group, by an optimizer, it keeps the threads of gloo
+
         gpu, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if where == "cuda":
             if gpu >= gpus:
@@ -488,6 +490,7 @@ def main(config):
         if stop_now:
             if world > 1:
                 dist.barrier()  # rank 0 has saved
+                dist.destroy_process_group()
             how = "the same command" if resume == "auto" else "--resume=auto"
             sys.exit(f"train.py: {reason or 'stopped'}; saved at step {state['step']:,}, {how} continues")
         timer += time.monotonic() - now

@@ -16,6 +16,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for models this small a second thread mos
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import hardware  # noqa: E402
+import train  # noqa: E402
 
 TINY_DATA = [
     "--dataset=tiny",
@@ -67,6 +68,7 @@ def run(home, monkeypatch, capsys):
 
     def go(script, *args):
         handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+        keys = dict(vars(train))  # which bench.py and sweep.py set
         monkeypatch.setattr(sys, "argv", [script, *args])
         capsys.readouterr()
         message = None
@@ -77,6 +79,7 @@ def run(home, monkeypatch, capsys):
         finally:
             for s, handler in handlers.items():
                 signal.signal(s, handler)
+            vars(train).update(keys)
         captured = capsys.readouterr()
         return message, captured.out + captured.err
 

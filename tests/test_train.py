@@ -603,11 +603,19 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     assert int(faults) < 1000  # of 50,000 pages
 
 
-def test_two_processes_give_the_curve_of_one(run, tiny_data):
+def test_two_processes_give_the_curve_of_one(run, tiny_data, home):
+    """And end without a thread of gloo, which could abort a process that Python has left."""
+    (home / "watched.py").write_text(
+        f"import atexit, os, runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "threads = lambda: [open(f'/proc/self/task/{t}/comm').read() for t in os.listdir('/proc/self/task')]\n"
+        "atexit.register(lambda: print('threads', threads(), file=sys.stderr))\n"
+        f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
+    )
     args = [*TINY, "--max_steps=20", "--batch_size=16", "--batch_ramp=0.5", "--batch_ramp_rows=8", "--micro_batch_size=8"]
     assert run("train.py", *args, "--out_dir=out/one")[0] is None
-    process = subprocess.run([*TORCHRUN, *args, "--out_dir=out/two"], capture_output=True, text=True)
+    process = subprocess.run([*TORCHRUN[:-1], "watched.py", *args, "--out_dir=out/two"], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
+    assert process.stderr.count("threads [") == 2 and "gloo" not in process.stderr, process.stderr
     one, two = ([e["loss"] for e in log(name)] for name in ("one", "two"))
     assert len(two) == 20 and np.allclose(one, two, atol=1e-4)
     assert all(torch.allclose(weights("one")[k], v, atol=1e-3) for k, v in weights("two").items())
