@@ -35,6 +35,7 @@ class Config:
     rotary_base: float = 10000.0  # (1, inf) longest wavelength of the rotary positions, in tokens over 2 pi
     attention: str = "softmax"  # {softmax, fourier, flash} flash is the gated attention unit, without a feed-forward layer
     qk_norm: bool = False  # RMS-normalise queries and keys, without weights
+    embedding_skip: bool = False  # each block begins with a * x + b * embedding; a and b are learned, from 1 and 0
     embedding_norm: bool = True  # norm behind the embeddings
     final_norm: bool = True  # norm before the head
     head_transform: bool = False  # linear layer, GELU and norm before the decoder
@@ -238,6 +239,9 @@ class BERT(nn.Module):
             self.register_buffer("sin", sin, persistent=False)
         self.embedding_norm = make_norm(config) if config.embedding_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        if config.embedding_skip:
+            self.stream_scale = nn.Parameter(torch.ones(config.n_layer))
+            self.skip_scale = nn.Parameter(torch.zeros(config.n_layer))
         self.final_norm = make_norm(config) if config.final_norm else nn.Identity()
         if config.head_transform:
             self.transform = Linear(D, D, config.bias)
@@ -274,9 +278,12 @@ class BERT(nn.Module):
         elif c.position == "rotary":
             rotary = self.cos[:T].to(self.dtype), self.sin[:T].to(self.dtype)
         x = dropout(self.embedding_norm(x.to(self.dtype)), c.dropout, self.training)
-        for block in self.blocks[:-1]:
-            x = block(x, mask, rotary)
-        return self.final_norm(self.blocks[-1](x, mask, rotary, positions))
+        embedded, last = x, c.n_layer - 1
+        for i, block in enumerate(self.blocks):
+            if c.embedding_skip:
+                x = self.stream_scale[i] * x + self.skip_scale[i] * embedded
+            x = block(x, mask, rotary, positions if i == last else None)
+        return self.final_norm(x)
 
     def logits(self, hidden):
         """Hidden states (..., width) to logits (..., vocab_size)."""

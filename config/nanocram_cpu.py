@@ -3,7 +3,9 @@ exec(open("config/cpu.py").read())
 out_dir = "out/nanocram_cpu"
 
 qk_norm = True
+embedding_skip = True
 
+mask_80_10_10 = False
 optimizer = "muon"
 learning_rate = 6e-3
 weight_decay = 0.1

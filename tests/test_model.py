@@ -70,10 +70,15 @@ def test_attention_on_a_cpu_is_sdpa():
         assert torch.allclose(M.attend(q, k, v, m, 0.0), F.scaled_dot_product_attention(q, k, v, attn_mask=m), atol=1e-6)
 
 
-@pytest.mark.parametrize("changes", [{}, {"position": "rotary"}, {"position": "rotary", "qk_norm": True}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"position": "rotary"}, {"position": "rotary", "qk_norm": True}, {"embedding_skip": True}]
+)
 def test_the_whole_model_against_a_second_one(changes):
     """The recipe written a second time, with torch's own modules and the model's weights."""
     model = bert(**changes)
+    if "embedding_skip" in changes:
+        assert model.stream_scale.tolist() == [1.0, 1.0] and model.skip_scale.tolist() == [0.0, 0.0]
+        model.stream_scale.data, model.skip_scale.data = torch.tensor([0.5, 2.0]), torch.tensor([0.25, -1.0])
     ids = torch.randint(50, (3, 11))
     w = dict(model.named_parameters())
     D, H = 32, 2
@@ -84,9 +89,11 @@ def test_the_whole_model_against_a_second_one(changes):
     def norm(x, name):
         return F.layer_norm(x, (D,), w[name + ".weight"], w[name + ".bias"], 1e-12)
 
-    x = norm(x, "embedding_norm")
+    embedded = x = norm(x, "embedding_norm")
     for i in range(2):
         b = f"blocks.{i}."
+        if "embedding_skip" in changes:
+            x = w["stream_scale"][i] * x + w["skip_scale"][i] * embedded
         q, k, v = (
             t.view(3, 11, H, D // H).transpose(1, 2) for t in (norm(x, b + "norm1") @ w[b + "qkv.weight"].T).split(D, -1)
         )

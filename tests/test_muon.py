@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from muon import Muon, orthogonalize
+from muon import ITERATIONS, Muon, orthogonalize
 
 
 def matrix(*shape, seed=0):
@@ -11,8 +11,8 @@ def matrix(*shape, seed=0):
 @pytest.mark.parametrize("shape", [(3, 32, 32), (2, 16, 64)])
 def test_orthogonalize_is_the_polar_factor_roughly(shape):
     """Against the singular value decomposition: the same singular vectors, values in [0.65, 1.25]."""
-    stack = matrix(*shape) + 4 * torch.eye(shape[1], shape[2])  # no singular value near zero
-    found = orthogonalize(stack).float()
+    stack = matrix(*shape) + 12 * torch.eye(shape[1], shape[2])  # no singular value near zero
+    found = orthogonalize(stack.bfloat16()).float()
     u, _, v = torch.linalg.svd(stack, full_matrices=False)
     inner = u.mT @ found @ v.mT
     diagonal = inner.diagonal(dim1=1, dim2=2)
@@ -20,18 +20,29 @@ def test_orthogonalize_is_the_polar_factor_roughly(shape):
     assert (inner - torch.diag_embed(diagonal)).abs().max() < 0.05
 
 
+def test_orthogonalize_applies_the_quintic_to_the_singular_values():
+    """In float64, where rounding hides nothing: x to 3.4445 x - 4.775 x^3 + 2.0315 x^5, once an iteration."""
+    stack = matrix(3, 16, 24).double()
+    u, s, v = torch.linalg.svd(stack, full_matrices=False)
+    s = s / s.norm(dim=1, keepdim=True)
+    for _ in range(ITERATIONS):
+        s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
+    assert torch.allclose(orthogonalize(stack), u @ torch.diag_embed(s) @ v, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("shape", [(24, 24), (16, 48), (48, 16)])
 def test_steps_equal_torchs(shape):
     """Five steps of torch.optim.Muon with match_rms_adamw, weight decay and Nesterov, but for the rounding of bf16."""
     ours, theirs = (torch.nn.Parameter(matrix(*shape)) for _ in range(2))
     settings = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.95}
-    opts = [Muon([ours], **settings), torch.optim.Muon([theirs], adjust_lr_fn="match_rms_adamw", **settings)]
+    as_ours = settings | {"adjust_lr_fn": "match_rms_adamw", "ns_steps": ITERATIONS}
+    opts = [Muon([ours], **settings), torch.optim.Muon([theirs], **as_ours)]
     for i in range(5):
         for p, opt in zip((ours, theirs), opts):
             p.grad = matrix(*shape, seed=i + 1)
             opt.step()
     moved = (theirs - matrix(*shape)).norm()
-    assert (ours - theirs).norm() < 0.01 * moved
+    assert (ours - theirs).norm() < 0.03 * moved
     assert torch.equal(opts[0].state[ours]["momentum"], opts[1].state[theirs]["momentum_buffer"])
 
 
