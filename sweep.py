@@ -2,10 +2,11 @@
 
     python sweep.py crammed bert_base half_depth post_norm --seeds=2 --scale=cpu --out=out/sweep [--key=value ...]
 
-A name is a recipe (config/NAME.py) or an entry of config/ablations.py, which changes the crammed recipe; the first one is
-what the others are compared with. Each is prepared and trained with every seed, then scored if tasks are named
-(--tasks=cola,rte). Other words go to all stages, before what an entry changes. The same command continues a sweep that
-was stopped, and skips what is done; a run that fails does not end it. --table=True runs nothing.
+A name is a recipe (config/NAME.py), or an entry of config/ablations.py, which changes the crammed recipe; mine+rotary+relu2
+is config/mine.py with two such changes. The first one is what the others are compared with. Each is prepared and trained
+with every seed, then scored if tasks are named (--tasks=cola,rte). Other words go to all stages, before what an entry
+changes. The same command continues a sweep that was stopped, and skips what is done; a run that fails does not end it.
+--table=True runs nothing.
 
 Runs by the clock are only fair on a machine that has nothing else to do. With --tokens=N the first entry sees N tokens, and
 each other one as many as it would in the same time: its speed is measured first, in turns with that of the first entry.
@@ -37,11 +38,12 @@ WORK = ["seq_len", "mask_rate", "mask_80_10_10", "optimizer", "dtype", "device",
 
 def words_of(name, extra):
     """What to say to a stage so that it runs `name`."""
+    base, *changes = name.split("+")
+    if base == "ablations" or not (ROOT / "config" / f"{base}.py").exists():
+        base, changes = "crammed", [base, *changes]
     scale = [word for word in extra if word.startswith("--scale=")]
     rest = [word for word in extra if word not in scale]
-    if name != "ablations" and (ROOT / "config" / f"{name}.py").exists():
-        return [f"config/{name}.py", *scale, *rest]
-    return ["config/crammed.py", *scale, *rest, f"--ablation={name}"]
+    return [f"config/{base}.py", *scale, *rest, *[f"--ablation={change}" for change in changes]]
 
 
 def steps_of(configs):

@@ -10,6 +10,7 @@ from conftest import TINY, start
 from scipy.stats import linregress
 
 import plot
+import sweep
 from configurator import configure, run_file
 from model import BERT, Config, require_possible
 
@@ -91,6 +92,16 @@ def test_tokens_in_place_of_the_clock(run, home):
     assert "| speed |" in table[0] and [line.split(" | ")[-1] for line in table[2:5:2]] == ["1.00 |", "1.00 |"]
     message, output = run("sweep.py", *words)
     assert "flash" in message and "times the tokens/s" not in output and "== train.py" not in output
+
+
+def test_changes_of_a_recipe_of_ones_own(home):
+    """NAME+CHANGE+CHANGE: what train.py makes of it, changes applied in that order."""
+    words = sweep.words_of("cpu+half_depth+half_depth+adam+muon", ["--n_layer=12", "--scale=cpu"])
+    c = configure("train.py", words)
+    assert (c["n_layer"], c["optimizer"], c["dataset"], c["rotary_base"]) == (3, "muon", "cpu_cpu", 1000.0)
+    assert words[0] == "config/cpu.py" and sweep.words_of("relu2", [])[0] == "config/crammed.py"
+    with pytest.raises(SystemExit, match="'cpu_' is none of the ablations"):
+        configure("train.py", sweep.words_of("cpu_+relu2", []))
 
 
 def test_a_sweep_runs_compares_survives_a_failure_and_goes_on(run, home):
