@@ -11,6 +11,7 @@ import ast
 import contextlib
 import copy
 import difflib
+import functools
 import json
 import os
 import re
@@ -22,6 +23,7 @@ ROOT = Path(__file__).resolve().parent
 STAGES = ["prepare.py", "model.py", "train.py", "finetune_glue.py"]
 
 
+@functools.cache
 def declared(script):
     """The keys of one stage, read from its source: {name: (default, comment)}."""
     source = (ROOT / script).read_text(encoding="utf-8")

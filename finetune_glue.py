@@ -114,7 +114,7 @@ def finetune(make_model, train, dev, test, n_classes, seed, ids, where, bar):
     matrices, rest = split(model, model.bert.config.glu) if glue_optimizer == "muon" else ([], model.parameters())
     rates = {"lr": glue_learning_rate, "weight_decay": glue_weight_decay}
     opts = [torch.optim.AdamW(rest, betas=(0.9, 0.98), eps=1e-6, fused=True, **rates)]
-    opts += [Muon(matrices, **rates)] if matrices else []
+    opts += [Muon(matrices, dtype=model.bert.dtype, **rates)] if matrices else []
     scaler = torch.amp.GradScaler(where, enabled=model.bert.dtype == torch.float16)
     rows, labels = train
     labels, lengths = torch.from_numpy(labels), np.array([len(r) for r in rows])

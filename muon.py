@@ -48,10 +48,13 @@ class Muon(torch.optim.Optimizer):
     """lr means what it means in AdamW: a step has the usual root mean square of AdamW's, 0.2 lr (Liu et al. 2025).
 
     params: groups with `parts`, the number of matrices of equal shape that each (parts * rows, columns) parameter holds.
+    dtype: of the activations. The iterations are in bf16 where they are, else in fp32: a processor without bf16 takes a
+    hundred times as long for its products, and the gradients are too small for fp16.
     """
 
-    def __init__(self, params, lr, weight_decay, momentum=0.95):
+    def __init__(self, params, lr, weight_decay, dtype, momentum=0.95):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "parts": 1})
+        self.dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         self.found_inf = None  # or 1.0 on the device, to leave a step out
 
     @torch.no_grad()
@@ -67,7 +70,7 @@ class Muon(torch.optim.Optimizer):
                     grad = torch.where(self.found_inf > 0, momentum, grad)  # which leaves the momentum as it is
                 momentum.lerp_(grad, 1 - group["momentum"])
                 p.mul_(1 - rate * group["weight_decay"])
-                update = grad.lerp(momentum, group["momentum"]).bfloat16().unflatten(0, (group["parts"], -1))
+                update = grad.lerp(momentum, group["momentum"]).to(self.dtype).unflatten(0, (group["parts"], -1))
                 update = update.mT if update.size(1) > update.size(2) else update
                 stacks[update.shape[1:]].append((p, rate * 0.2 * update.size(2) ** 0.5, update))
         for entries in stacks.values():

@@ -201,7 +201,7 @@ def make_optimizers(model):
     kind = torch.optim.Adam if optimizer == "adam" else torch.optim.AdamW
     groups = [{"params": params, "weight_decay": decay} for decay, params in adam.items()]
     opts = [kind(groups, lr=learning_rate, betas=(beta1, beta2), eps=adam_eps, fused=True)]
-    return opts + ([Muon(matrices, learning_rate, weight_decay)] if matrices else [])
+    return opts + ([Muon(matrices, learning_rate, weight_decay, model.dtype)] if matrices else [])
 
 
 def out_of_memory(micro):

@@ -30,13 +30,14 @@ def test_orthogonalize_applies_the_quintic_to_the_singular_values():
     assert torch.allclose(orthogonalize(stack), u @ torch.diag_embed(s) @ v, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(24, 24), (16, 48), (48, 16)])
-def test_steps_equal_torchs(shape):
+def test_steps_equal_torchs(shape, dtype):
     """Five steps of torch.optim.Muon with match_rms_adamw, weight decay and Nesterov, but for the rounding of bf16."""
     ours, theirs = (torch.nn.Parameter(matrix(*shape)) for _ in range(2))
     settings = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.95}
     as_ours = settings | {"adjust_lr_fn": "match_rms_adamw", "ns_steps": ITERATIONS}
-    opts = [Muon([ours], **settings), torch.optim.Muon([theirs], **as_ours)]
+    opts = [Muon([ours], dtype=dtype, **settings), torch.optim.Muon([theirs], **as_ours)]
     for i in range(5):
         for p, opt in zip((ours, theirs), opts):
             p.grad = matrix(*shape, seed=i + 1)
@@ -46,13 +47,24 @@ def test_steps_equal_torchs(shape):
     assert torch.equal(opts[0].state[ours]["momentum"], opts[1].state[theirs]["momentum_buffer"])
 
 
+@pytest.mark.parametrize("dtype, error", [(torch.bfloat16, 3e-2), (torch.float16, 1e-4), (torch.float32, 1e-4)])
+def test_iterations_are_in_fp32_unless_the_activations_are_in_bf16(dtype, error):
+    """The first step, of a gradient that would be zero in fp16, against the iterations in float64."""
+    p = torch.nn.Parameter(torch.zeros(16, 24))
+    p.grad = 1e-6 * matrix(16, 24)
+    Muon([p], 1.0, 0.0, dtype).step()
+    exact = -0.2 * 24**0.5 * orthogonalize(p.grad.double()[None])[0]
+    found = ((p - exact).norm() / exact.norm()).item()
+    assert found < error and (found > 1e-4) == (dtype == torch.bfloat16)
+
+
 @pytest.mark.parametrize("shape", [(24, 24), (16, 48), (48, 16)])
 def test_parts_are_matrices_of_their_own_and_stacks_change_nothing(shape):
     pieces = [torch.nn.Parameter(matrix(*shape, seed=i)) for i in range(3)]
     whole = torch.nn.Parameter(torch.cat([p.detach() for p in pieces]))
     other, other_alone = (torch.nn.Parameter(matrix(shape[1], shape[0])) for _ in range(2))  # transposed, of the same stack
-    together = Muon([{"params": [whole], "parts": 3}, {"params": [other]}], 0.02, 0.1)
-    alone = [Muon([p], 0.02, 0.1) for p in [*pieces, other_alone]]
+    together = Muon([{"params": [whole], "parts": 3}, {"params": [other]}], 0.02, 0.1, torch.bfloat16)
+    alone = [Muon([p], 0.02, 0.1, torch.bfloat16) for p in [*pieces, other_alone]]
     for i, p in enumerate(pieces):
         p.grad = matrix(*shape, seed=10 + i)
     whole.grad = torch.cat([p.grad for p in pieces])
@@ -67,7 +79,7 @@ def test_parts_are_matrices_of_their_own_and_stacks_change_nothing(shape):
 
 def test_a_gradient_that_is_not_finite_changes_nothing():
     p = torch.nn.Parameter(matrix(8, 8))
-    opt = Muon([p], 0.02, 0.1)
+    opt = Muon([p], 0.02, 0.1, torch.bfloat16)
     p.grad = matrix(8, 8, seed=1)
     opt.step()
     before, momentum = p.detach().clone(), opt.state[p]["momentum"].clone()

@@ -9,6 +9,7 @@ import pytest
 from conftest import TINY, start
 from scipy.stats import linregress
 
+import bench
 import plot
 import sweep
 from configurator import configure, run_file
@@ -71,11 +72,12 @@ def test_the_order_of_words_is_the_order_of_meaning(home):
         configure("train.py", ["config/crammed.py", "--ablation=half_dept"])
 
 
-def test_tokens_in_place_of_the_clock(run, home):
+def test_tokens_in_place_of_the_clock(run, home, monkeypatch):
     """The first entry sees so many tokens, a faster one more; equal work has equal speed. Speeds are measured once.
 
     The batch grows from 8 to 16 rows; flash in post-norm is refused.
     """
+    monkeypatch.setattr(bench, "REPEATS", 1)
     words = ["crammed", "half_depth", "cosine_schedule", "flash", "--tokens=9000", "--out=out/s", "--norm_place=post"]
     words += [w for w in SMALL if "max_steps" not in w]
     words += ["--batch_size=16", "--batch_ramp=0.5", "--batch_ramp_rows=8"]

@@ -267,11 +267,11 @@ def last_step():
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_interrupted_and_resumed_equals_uninterrupted(run, tiny_data, home, optimizer):
     """kill -9 twice, then SIGTERM, and a last part that finishes: the same weights, bit for bit, and the same log."""
-    args = [*TINY, "--max_steps=700", "--dropout=0.1", "--checkpoint_minutes=0.0005", "--eval_minutes=0.001"]
+    args = [*TINY, "--max_steps=400", "--dropout=0.1", "--checkpoint_minutes=0.0005", "--eval_minutes=0.001"]
     args += [f"--optimizer={optimizer}", "--mask_rate=0.3", "--mask_rate_end=0.15"]
     assert run("train.py", *args, "--out_dir=out/whole", "--checkpoint_minutes=9.0", "--eval_minutes=9.0")[0] is None
     said = []
-    for step, kill in ((50, signal.SIGKILL), (200, signal.SIGKILL), (400, signal.SIGTERM), (None, None)):
+    for step, kill in ((30, signal.SIGKILL), (120, signal.SIGKILL), (240, signal.SIGTERM), (None, None)):
         process = start("train.py", *args, cwd=home)
         while kill and not (last_step() >= step and Path("out/tiny/ckpt.pt").exists()):
             assert process.poll() is None
