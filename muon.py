@@ -1,8 +1,10 @@
-"""Muon for the matrices of the blocks: momentum whose singular values are all brought near 1 (Jordan et al. 2024).
+"""NorMuon for the matrices of the blocks (Li et al. 2025, arXiv 2510.05491).
 
-Differs from torch.optim.Muon, against which it is tested, where that costs time or quality here: matrices of one shape are
-orthogonalised as one stack; what one parameter holds of several matrices (queries, keys, values) is treated as several;
-and a step whose gradient is not finite leaves itself out on the device, like the fused AdamW.
+Momentum, whose singular values are all brought near 1 (Muon, Jordan et al. 2024), and then its rows, those of one neuron
+each, to a root mean square near 1 in the long run. The first half differs from torch.optim.Muon, against which it is
+tested, where that costs time or quality here: matrices of one shape are orthogonalised as one stack; what one parameter
+holds of several matrices (queries, keys, values) is treated as several; and a step whose gradient is not finite leaves
+itself out on the device, like the fused AdamW.
 """
 
 from collections import defaultdict
@@ -45,37 +47,43 @@ def orthogonalize(stack):
 
 
 class Muon(torch.optim.Optimizer):
-    """lr means what it means in AdamW: a step has the usual root mean square of AdamW's, 0.2 lr (Liu et al. 2025).
+    """Algorithm 1 of the paper, with Nesterov momentum.
 
+    lr means what it means in AdamW: a step has the usual root mean square of AdamW's, 0.2 lr (Liu et al. 2025).
     params: groups with `parts`, the number of matrices of equal shape that each (parts * rows, columns) parameter holds.
     dtype: of the activations. The iterations are in bf16 where they are, else in fp32: a processor without bf16 takes a
     hundred times as long for its products, and the gradients are too small for fp16.
     """
 
-    def __init__(self, params, lr, weight_decay, dtype, momentum=0.95):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "parts": 1})
+    def __init__(self, params, lr, weight_decay, dtype, momentum=0.95, beta2=0.95):
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "beta2": beta2, "parts": 1}
+        super().__init__(params, defaults)
         self.dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         self.found_inf = None  # or 1.0 on the device, to leave a step out
 
     @torch.no_grad()
     def step(self):
-        stacks = defaultdict(list)  # by shape, wide: [(parameter, step size, its nesterov momentum as (parts, a, b))]
+        done = 1.0 if self.found_inf is None else 1 - self.found_inf
+        stacks = defaultdict(list)  # by shape, wide: [(group, parameter, its nesterov momentum as (parts, a, b))]
         for group in self.param_groups:
             for p in group["params"]:
-                if "momentum" not in self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-                momentum, grad, rate = self.state[p]["momentum"], p.grad, group["lr"]
+                state, grad, parts = self.state[p], p.grad, group["parts"]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                    state["mean_squares"] = p.new_zeros(parts, len(p) // parts, 1)  # of each row's steps
                 if self.found_inf is not None:
-                    rate = rate * (1 - self.found_inf)
-                    grad = torch.where(self.found_inf > 0, momentum, grad)  # which leaves the momentum as it is
-                momentum.lerp_(grad, 1 - group["momentum"])
-                p.mul_(1 - rate * group["weight_decay"])
-                update = grad.lerp(momentum, group["momentum"]).to(self.dtype).unflatten(0, (group["parts"], -1))
+                    grad = torch.where(self.found_inf > 0, state["momentum"], grad)  # which leaves it as it is
+                state["momentum"].lerp_(grad, 1 - group["momentum"])
+                update = grad.lerp(state["momentum"], group["momentum"]).to(self.dtype).unflatten(0, (parts, -1))
                 update = update.mT if update.size(1) > update.size(2) else update
-                stacks[update.shape[1:]].append((p, rate * 0.2 * update.size(2) ** 0.5, update))
+                stacks[update.shape[1:]].append((group, p, update))
         for entries in stacks.values():
-            results = orthogonalize(torch.cat([update for _, _, update in entries]))
-            for (p, rate, update), result in zip(entries, results.split([len(update) for _, _, update in entries])):
-                rows = p.size(0) // len(update)
-                result = (result if result.size(1) == rows else result.mT).reshape(p.shape)
-                p.sub_(result.float().mul_(rate))  # on a CPU the difference of two dtypes is slow
+            updates = [update for _, _, update in entries]
+            results = orthogonalize(torch.cat(updates)).split([len(update) for update in updates])
+            for (group, p, _), result in zip(entries, results):
+                mean_squares, rate = self.state[p]["mean_squares"], group["lr"] * done
+                result = (result if result.size(1) == mean_squares.size(1) else result.mT).float()
+                mean_squares.lerp_(result.square().mean(2, keepdim=True), (1 - group["beta2"]) * done)
+                result = result / (mean_squares.sqrt() + 1e-8)
+                size = result.square().mean((1, 2), keepdim=True).sqrt() + 1e-8
+                p.mul_(1 - rate * group["weight_decay"]).sub_((result * (0.2 * rate / size)).reshape(p.shape))

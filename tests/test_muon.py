@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -30,31 +31,43 @@ def test_orthogonalize_applies_the_quintic_to_the_singular_values():
     assert torch.allclose(orthogonalize(stack), u @ torch.diag_embed(s) @ v, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(24, 24), (16, 48), (48, 16)])
-def test_steps_equal_torchs(shape, dtype):
-    """Five steps of torch.optim.Muon with match_rms_adamw, weight decay and Nesterov, but for the rounding of bf16."""
-    ours, theirs = (torch.nn.Parameter(matrix(*shape)) for _ in range(2))
-    settings = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.95}
-    as_ours = settings | {"adjust_lr_fn": "match_rms_adamw", "ns_steps": ITERATIONS}
-    opts = [Muon([ours], dtype=dtype, **settings), torch.optim.Muon([theirs], **as_ours)]
+def test_steps_are_algorithm_1_of_normuon_after_torchs_muon(shape):
+    """Five steps: torch.optim.Muon orthogonalises, from there as in the paper; but for the rounding of bf16."""
+    ours, theirs = torch.nn.Parameter(matrix(*shape)), torch.nn.Parameter(torch.zeros(shape))
+    opt = Muon([ours], 0.02, 0.1, torch.bfloat16)
+    torchs = torch.optim.Muon([theirs], lr=1.0, weight_decay=0.0, momentum=0.95, ns_steps=ITERATIONS)
+    expected, v = matrix(*shape).double().numpy(), np.zeros((shape[0], 1))
     for i in range(5):
-        for p, opt in zip((ours, theirs), opts):
-            p.grad = matrix(*shape, seed=i + 1)
-            opt.step()
-    moved = (theirs - matrix(*shape)).norm()
-    assert (ours - theirs).norm() < 0.03 * moved
-    assert torch.equal(opts[0].state[ours]["momentum"], opts[1].state[theirs]["momentum_buffer"])
+        ours.grad = matrix(*shape, seed=i + 1) * torch.logspace(0, -1, shape[0])[:, None]  # rows of unequal size
+        theirs.grad, before = ours.grad, theirs.detach().clone()
+        opt.step()
+        torchs.step()
+        o = (before - theirs.detach()).double().numpy()
+        v = 0.95 * v + 0.05 * (o**2).mean(1, keepdims=True)
+        o = o / np.sqrt(v)
+        expected = expected * (1 - 0.02 * 0.1) - 0.02 * 0.2 * np.sqrt(o.size) / np.linalg.norm(o) * o
+    moved = np.linalg.norm(expected - matrix(*shape).numpy())
+    assert np.linalg.norm(ours.detach().numpy() - expected) < 0.03 * moved
+    assert torch.equal(opt.state[ours]["momentum"], torchs.state[theirs]["momentum_buffer"])
 
 
 @pytest.mark.parametrize("dtype, error", [(torch.bfloat16, 3e-2), (torch.float16, 1e-4), (torch.float32, 1e-4)])
 def test_iterations_are_in_fp32_unless_the_activations_are_in_bf16(dtype, error):
-    """The first step, of a gradient that would be zero in fp16, against the iterations in float64."""
-    p = torch.nn.Parameter(torch.zeros(16, 24))
-    p.grad = 1e-6 * matrix(16, 24)
-    Muon([p], 1.0, 0.0, dtype).step()
-    exact = -0.2 * 24**0.5 * orthogonalize(p.grad.double()[None])[0]
-    found = ((p - exact).norm() / exact.norm()).item()
+    """Algorithm 1 in float64 on two matrices of one parameter, whose gradients would be zero in fp16."""
+    p, scale = torch.nn.Parameter(torch.zeros(48, 16)), torch.tensor([1e-6, 1e-7]).repeat_interleave(24)[:, None]
+    opt = Muon([{"params": [p], "parts": 2}], 1.0, 0.0, dtype)
+    momentum, v, expected = (torch.zeros(2, 24, n).double() for n in (16, 1, 16))
+    for i in range(5):
+        p.grad = scale * matrix(48, 16, seed=i)
+        opt.step()
+        grad = p.grad.double().view(2, 24, 16)
+        momentum = 0.95 * momentum + 0.05 * grad
+        o = orthogonalize((0.05 * grad + 0.95 * momentum).mT).mT
+        v = 0.95 * v + 0.05 * o.square().mean(2, keepdim=True)
+        o = o / v.sqrt()
+        expected -= 0.2 * (24 * 16) ** 0.5 * o / torch.linalg.matrix_norm(o, keepdim=True)
+    found = ((p - expected.view(48, 16)).norm() / expected.norm()).item()
     assert found < error and (found > 1e-4) == (dtype == torch.bfloat16)
 
 
@@ -82,10 +95,10 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     opt = Muon([p], 0.02, 0.1, torch.bfloat16)
     p.grad = matrix(8, 8, seed=1)
     opt.step()
-    before, momentum = p.detach().clone(), opt.state[p]["momentum"].clone()
+    before, state = p.detach().clone(), {k: v.clone() for k, v in opt.state[p].items()}
     p.grad, opt.found_inf = torch.full((8, 8), float("nan")), torch.tensor(1.0)
     opt.step()
-    assert torch.equal(p, before) and torch.equal(opt.state[p]["momentum"], momentum)
+    assert torch.equal(p, before) and all(torch.equal(opt.state[p][k], v) for k, v in state.items())
     p.grad, opt.found_inf = matrix(8, 8, seed=2), torch.tensor(0.0)
     opt.step()
     assert p.isfinite().all() and not torch.equal(p, before)
