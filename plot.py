@@ -1,8 +1,10 @@
 """Pictures of runs.
 
-python plot.py out/x [out/y ...] [--x=tokens] [--out=FILE.png]   curves of log.jsonl, by the clock or by tokens seen
+python plot.py out/x [out/y ...] [--x=tokens] [--out=FILE.png]   curves of log.jsonl, by the clock, or --x=tokens, --x=progress
 python plot.py out/x --card [--out=FILE.png]                     the scorecard of glue.json beside the published rows
 python plot.py out/x out/y ... --scaling [--out=FILE.png]        models of several sizes: loss by compute, with a power law
+
+Runs that differ in nothing but the seed share a colour, and their validation losses are drawn as their mean and range.
 """
 
 import json
@@ -32,6 +34,8 @@ PANELS = {
     "batch_size": "rows in a batch",
     "grad_norm": "norm of the gradient",
 }
+X = {"clock": ("hours of wall clock", "hours", 1), "tokens": ("million tokens seen", "tokens", 1e-6)}
+X["progress"] = "share of the budget", "progress", 1
 
 
 def read_log(run):
@@ -56,19 +60,44 @@ def comparable(runs):
     return len({(c.get("tokenizer_sha256"), c.get("val_sha256")) for c in configs}) == 1
 
 
+def recipes(runs):
+    """The runs in lists of those that differ in nothing but the seed."""
+    found = {}
+    for run in runs:
+        path = Path(run) / "config.json"
+        config = json.loads(path.read_text()) if path.exists() else {"file": str(path)}
+        found.setdefault(json.dumps({**config, "seed": 0, "out_dir": ""}, sort_keys=True), []).append(run)
+    return list(found.values())
+
+
+def mean_and_range(curves):
+    """(xs, mean, lowest, highest) of curves (xs, ys), in straight lines between their points, where all of them have some."""
+    low, high = max(xs[0] for xs, _ in curves), min(xs[-1] for xs, _ in curves)
+    grid = np.unique(np.concatenate([xs for xs, _ in curves]).clip(low, high))
+    ys = np.array([np.interp(grid, xs, ys) for xs, ys in curves])
+    return grid, ys.mean(0), ys.min(0), ys.max(0)
+
+
 def draw_curves(runs, x, file):
-    logs = [read_log(run) for run in runs]
-    longest = max(e["hours"] for log in logs for e in log)
-    unit, factor = ("hours", 1) if longest > 2 else ("minutes", 60)
+    logs = {run: read_log(run) for run in runs}
+    label, field, factor = X[x]
+    if x == "clock" and max(e["hours"] for log in logs.values() for e in log) <= 2:
+        label, factor = "minutes of wall clock", 60
     fig, axes = plt.subplots(2, 3, figsize=(14, 7), constrained_layout=True)
-    for run, log, color in zip(runs, logs, COLORS * len(runs)):
+    for seeds, color in zip(recipes(runs), COLORS * len(runs)):
+        name = Path(seeds[0]).name + (f", {len(seeds)} seeds" if len(seeds) > 1 else "")
         for ax, key in zip(axes.flat, PANELS):
-            entries = [e for e in log if e.get(key) is not None]
-            xs = [e["tokens"] / 1e6 if x == "tokens" else factor * e["hours"] for e in entries]
-            marker = "o" if key == "val_loss" else None
-            ax.plot(xs, [e[key] for e in entries], color=color, marker=marker, ms=4, lw=1.3, label=Path(run).name)
+            points = [[(factor * e[field], e[key]) for e in logs[run] if e.get(key) is not None] for run in seeds]
+            curves = [np.array(p).T for p in points if p]
+            if key == "val_loss" and len(curves) > 1:
+                xs, mean, lowest, highest = mean_and_range(curves)
+                ax.fill_between(xs, lowest, highest, color=color, alpha=0.25, lw=0)
+                curves = [(xs, mean)]
+            look = {"color": color, "marker": "o" if key == "val_loss" else None, "ms": 3, "lw": 1.3}
+            for i, (xs, ys) in enumerate(curves):
+                ax.plot(xs, ys, label=None if i else name, **look)
     for ax, (key, title) in zip(axes.flat, PANELS.items()):
-        ax.set(title=title, xlabel="million tokens seen" if x == "tokens" else f"{unit} of wall clock")
+        ax.set(title=title, xlabel=label)
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
         if key in ("tokens_per_s", "batch_size", "lr"):
@@ -195,7 +224,7 @@ def draw_scaling(runs, file):
 if __name__ == "__main__":
     runs = [a for a in sys.argv[1:] if not a.startswith("--")]
     options = dict(a[2:].partition("=")[::2] for a in sys.argv[1:] if a.startswith("--"))
-    if not runs or options.keys() - {"out", "x", "card", "scaling"} or options.get("x", "clock") not in ("clock", "tokens"):
+    if not runs or options.keys() - {"out", "x", "card", "scaling"} or options.get("x", "clock") not in X:
         sys.exit(__doc__.strip())
     picture = next((name for name in ("card", "scaling") if name in options), "curves")
     file = options.get("out", str(Path(runs[0]) / f"{picture}.png"))
@@ -205,7 +234,7 @@ if __name__ == "__main__":
         elif picture == "scaling":
             draw_scaling(runs, file)
         else:
-            draw_curves(runs, options.get("x"), file)
+            draw_curves(runs, options.get("x", "clock"), file)
     except (OSError, ValueError) as e:  # a folder that is not there, a suffix that matplotlib does not know
         sys.exit(f"plot.py: {file}: {e}")
     print(file)

@@ -11,7 +11,8 @@ changes. The same command continues a sweep that was stopped, and skips what is 
 Runs by the clock are only fair on a machine that has nothing else to do. With --tokens=N the first entry sees N tokens, and
 each other one as many as it would in the same time: its speed is measured first, in turns with that of the first entry.
 
-out/sweep/<name>-<seed>/ are runs like any other; out/sweep/table.md and sweep.png are what came out.
+out/sweep/<name>-<seed>/ are runs like any other; out/sweep/table.md and sweep.png are what came out. With two seeds or more
+the table ends with how far each entry is from the first one, seed by seed, and the 95 % interval of that.
 """
 
 import json
@@ -23,6 +24,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from scipy import stats
 
 import train
 from bench import our_config, relative_speeds
@@ -33,6 +35,8 @@ out = "out/sweep"  # folder of the runs and of the table
 tokens = 0  # [0, inf) tokens that the first entry sees, 0 = the clock decides
 table = False  # only make the table of what is there
 OWN = {"seeds": (seeds, "[1, inf)"), "out": (out, ""), "tokens": (tokens, "[0, inf)"), "table": (table, "")}
+ABOUT = {"layers", "width", "M tokens", "epochs", "speed", "k tokens/s"}  # columns of the table that are no result
+DIGITS = {"layers": 0, "width": 0, "val_loss": 3, "epochs": 2, "speed": 2}  # of the table's columns, else 1
 WORK = ["seq_len", "mask_rate", "mask_80_10_10", "optimizer", "dtype", "device", "compile"]  # what else a step's time is of
 
 
@@ -128,19 +132,22 @@ def result(folder, speed):
     if (folder / "glue.json").exists():
         scores = json.loads((folder / "glue.json").read_text())["rows"].get("run", {})
         row |= {task: entry["median"] for task, entry in scores.items()}
+        if len(scores) > 1:
+            row[f"mean of {len(scores)}"] = np.mean([entry["median"] for entry in scores.values()])
     return row, (config["tokenizer_sha256"], config["val_sha256"])
 
 
 def collect(names):
-    """{name: ([row of each finished seed], whether its val_loss compares with that of the first one with a run)}."""
+    """{name: ({seed: row} of its runs, whether their val_loss compares with that of the first one with a run)}."""
     found, reference, path = {}, None, Path(out) / "speeds.json"
     relative = json.loads(path.read_text()) if path.exists() else {}
     for name in names:
-        folders = sorted(path.parent for path in Path(out).glob(f"{name}-*/model.pt"))
-        results = [result(folder, relative.get(name)) for folder in folders if folder.name.removeprefix(f"{name}-").isdigit()]
+        folders = {path.parent.name.removeprefix(f"{name}-"): path.parent for path in Path(out).glob(f"{name}-*/model.pt")}
+        results = {int(seed): result(folders[seed], relative.get(name)) for seed in sorted(folders) if seed.isdigit()}
         if reference is None and results:
-            reference = results[0][1]
-        found[name] = [row for row, _ in results], all(files == reference for _, files in results)
+            reference = next(iter(results.values()))[1]
+        rows = {seed: row for seed, (row, _) in results.items()}
+        found[name] = rows, all(files == reference for _, files in results.values())
     return found
 
 
@@ -151,14 +158,42 @@ def cell(values, digits):
     return f"{np.mean(values):.{digits}f}{spread}"
 
 
+def difference(pairs, digits):
+    """'mean [95 % interval], p' of how far the first of each pair is from the second, by Student's t."""
+    gaps = -np.diff(pairs).flatten()
+    mean, error, freedom = gaps.mean(), stats.sem(gaps), len(gaps) - 1
+    half = stats.t.ppf(0.975, freedom) * error
+    p = f", p = {2 * stats.t.sf(abs(mean) / error, freedom):.2g}" if error else ""
+    return f"{mean:+.{digits}f} [{mean - half:+.{digits}f}, {mean + half:+.{digits}f}]{p}"
+
+
+def differences(found, columns):
+    """Lines of a second Markdown table: how far each entry is from the first one, over the seeds that both have."""
+    (first, (reference, _)), *others = found.items()
+    measures, lines = [c for c in columns if c not in ABOUT], []
+    for name, (rows, comparable) in others:
+        seeds, cells = sorted(rows.keys() & reference.keys()), []
+        for c in measures:
+            pairs = [(rows[s][c], reference[s][c]) for s in seeds if c in rows[s] and c in reference[s]]
+            complete = len(pairs) == len(seeds) > 1 and (comparable or c != "val_loss")
+            cells.append(difference(pairs, DIGITS.get(c, 1)) if complete else "")
+        if any(cells):
+            lines.append(f"| {name} | {len(seeds)} | " + " | ".join(cells) + " |")
+    head = f"Against {first}, seed by seed: mean of the differences [its 95 % interval by Student's t], p."
+    columns = ["| | n | " + " | ".join(measures) + " |", "|---" * (len(measures) + 2) + "|"]
+    return ["", head, "", *columns, *lines] if lines else []
+
+
 def report(names, failed):
-    """Writes and returns the Markdown table: mean ± standard deviation over n pretraining seeds. Also {name: losses}."""
+    """Writes and returns the Markdown tables: mean ± standard deviation over n pretraining seeds, and differences.
+
+    Also {name: losses}.
+    """
     found = collect(names)
-    columns = list(dict.fromkeys(c for rows, _ in found.values() for r in rows for c in r)) or ["val_loss"]
-    digits = {"layers": 0, "width": 0, "val_loss": 3, "epochs": 2, "speed": 2}
+    columns = list(dict.fromkeys(c for rows, _ in found.values() for r in rows.values() for c in r)) or ["val_loss"]
     lines = ["| | n | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for name, (rows, comparable) in found.items():
-        cells = [cell([row[c] for row in rows if c in row], digits.get(c, 1)) for c in columns]
+        cells = [cell([row[c] for row in rows.values() if c in row], DIGITS.get(c, 1)) for c in columns]
         if rows and not comparable:
             cells[columns.index("val_loss")] = f"({cells[columns.index('val_loss')]})"
         lines.append(" | ".join([f"| {name}", f"{len(rows)}{', ' * (name in failed)}{failed.get(name, '')}", *cells]) + " |")
@@ -169,10 +204,11 @@ def report(names, failed):
         ]
     if "speed" in columns:
         lines += ["", "Speed: tokens a second as a share of the first entry's, measured side by side before the runs."]
+    lines += differences(found, columns)
     text = "\n".join(lines) + "\n"
     with replace_file(Path(out) / "table.md") as f:
         f.write(text.encode())
-    return text, {name: [row["val_loss"] for row in rows] for name, (rows, comparable) in found.items() if rows and comparable}
+    return text, {name: [row["val_loss"] for row in rows.values()] for name, (rows, ok) in found.items() if rows and ok}
 
 
 def main(names, extra):

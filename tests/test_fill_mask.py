@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, TINY
 from tokenizers import Tokenizer
 
+import plot
 from model import BERT, Config
 
 
@@ -76,3 +77,15 @@ def test_pictures(run, model):
     assert "plot.py: none/x.png" in run("plot.py", "out/tiny", "--out=none/x.png")[0]
     assert "log.jsonl does not exist" in run("plot.py", "out/none")[0]
     assert "python plot.py" in run("plot.py", "out/tiny", "--y=3")[0]
+
+
+def test_seeds_of_one_recipe_become_a_mean_and_a_range(home):
+    """The range by hand: lines from (0, 4) to (2, 2) and from (1, 5) to (3, 3), which both are there from 1 to 2."""
+    found = plot.mean_and_range([([0, 2], [4, 2]), ([1, 3], [5, 3])])
+    assert [list(x) for x in found] == [[1, 2], [4, 3], [3, 2], [5, 4]]
+    settings = [{"seed": 1, "n_layer": 2}, {"seed": 1, "n_layer": 3}, {"seed": 2, "n_layer": 2}, None]
+    for i, config in enumerate(settings):
+        Path(f"run{i}").mkdir()
+        if config:
+            Path(f"run{i}/config.json").write_text(json.dumps(config | {"out_dir": f"run{i}"}))
+    assert plot.recipes([f"run{i}" for i in range(4)]) == [["run0", "run2"], ["run1"], ["run3"]]

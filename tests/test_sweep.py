@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY, start
-from scipy.stats import linregress
+from scipy.stats import linregress, ttest_rel
 
 import bench
 import plot
@@ -16,6 +16,11 @@ from configurator import configure, run_file
 from model import BERT, Config, require_possible
 
 SMALL = [word for word in TINY if not word.startswith(("--out_dir", "--dataset"))] + ["--max_steps=6", "--eval_minutes=0.0001"]
+
+
+def last_loss(folder):
+    entries = [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
+    return [e["val_loss"] for e in entries if "val_loss" in e][-1]
 
 
 def ablations():
@@ -111,14 +116,16 @@ def test_a_sweep_runs_compares_survives_a_failure_and_goes_on(run, home):
     words = ["crammed", "flash", "fragment_order", "vocab_half", "--seeds=2", "--out=out/s", *SMALL, "--norm_place=post"]
     message, output = run("sweep.py", *words)
     assert message == "sweep.py: 1 of 4 entries failed: flash; the same command tries them again"
-    finals = []
-    for seed in (1337, 1338):
-        entries = [json.loads(line) for line in Path(f"out/s/crammed-{seed}/log.jsonl").read_text().splitlines()]
-        finals.append([e["val_loss"] for e in entries if "val_loss" in e][-1])
+    finals, others = [[last_loss(f"out/s/{name}-{seed}") for seed in (1337, 1338)] for name in ("crammed", "fragment_order")]
     table = Path("out/s/table.md").read_text()
     assert table in output
     mean, sd = statistics.mean(finals), statistics.stdev(finals)
     assert f"| crammed | 2 | 2 | 32 | {mean:.3f} ± {sd:.3f} |" in table and sd > 0
+    pairs = ttest_rel(others, finals)
+    low, high = pairs.confidence_interval()
+    gap = statistics.mean(others) - mean
+    assert f"| fragment_order | 2 | {gap:+.3f} [{low:+.3f}, {high:+.3f}], p = {pairs.pvalue:.2g} |" in table
+    assert table.count("| vocab_half |") == 1  # without scores it has nothing that compares
     assert "| flash | 0, train.py failed |" in table
     assert "| fragment_order | 2 | 2 | 32 | (" not in table  # the same tokenizer and val.bin, other rows
     assert "| vocab_half | 2 | 2 | 32 | (" in table and "In brackets" in table
@@ -136,6 +143,30 @@ def test_a_sweep_runs_compares_survives_a_failure_and_goes_on(run, home):
     runs = [f"out/s/{name}-1337" for name in ("crammed", "fragment_order")]
     assert run("plot.py", *runs, "--scaling", "--out=laws.png")[0] is None
     assert Path("laws.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_scores_are_compared_in_pairs_of_seeds(home, monkeypatch):
+    """Against scipy's t-test; other tokenizers are judged by their scores alone; a seed that is not scored hides its task."""
+    monkeypatch.setattr(sweep, "out", "out/s")
+    scores, losses = {"a": [50.0, 61.0, 55.0], "b": [52.5, 62.0, 58.0], "c": [50.0, 61.0, 55.0]}, [4.0, 4.1, 4.05]
+    for name, values in scores.items():
+        for i, (score, loss) in enumerate(zip(values, losses)):
+            folder = Path(f"out/s/{name}-{1337 + i}")
+            folder.mkdir(parents=True)
+            config = {"n_layer": 2, "n_embd": 32, "val_sha256": "x", "tokenizer_sha256": "other" if name == "b" else "one"}
+            (folder / "config.json").write_text(json.dumps(config))
+            log = {"tokens_per_s": 9.0, "epoch": 0.1}, {"val_loss": loss, "tokens": 100}
+            (folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
+            (folder / "model.pt").touch()
+            row = {"cola": {"median": score}} | ({} if name == "b" and i == 2 else {"rte": {"median": score + 2}})
+            (folder / "glue.json").write_text(json.dumps({"rows": {"run": row}}))
+    text, _ = sweep.report(["a", "b", "c"], {})
+    pairs = ttest_rel(scores["b"], scores["a"])
+    low, high = pairs.confidence_interval()
+    cola = f"+2.2 [{low:+.1f}, {high:+.1f}], p = {pairs.pvalue:.2g}"
+    *_, head, _, b, c = text.splitlines()
+    assert head == "| | n | val_loss | cola | rte | mean of 2 |" and b == f"| b | 3 |  | {cola} |  |  |"
+    assert c.startswith("| c | 3 | +0.000 [+0.000, +0.000] | +0.0 [") and "| 56.3 ± 5.5 |" in text.split("Against")[0]
 
 
 def test_what_stops_a_sweep_lets_its_run_save_and_the_same_command_continues(run, home):
