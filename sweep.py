@@ -110,7 +110,8 @@ def run(name, seed, extra):
             return "train.py failed"
     else:
         done = json.loads((folder / "config.json").read_text())
-        keys = done.keys() & config.keys() - {*train.FREE_KEYS, "seed", "vocab_size"}  # that one is the data set's
+        free = {*train.FREE_KEYS, "seed", "vocab_size", "mask_id"}  # the last two are the data set's
+        keys = done.keys() & config.keys() - free
         if changed := [key for key in sorted(keys) if done[key] != config[key]]:
             return f"{folder} is a run with another {', '.join(changed)}"
         if data.exists() and json.loads(data.read_text())["sha256"]["train"] != done["train_sha256"]:

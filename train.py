@@ -325,10 +325,12 @@ def main(config):
         print(f"train.py: micro-batches of {micro} rows, which divide each process's part of batch_size and batch_ramp_rows")
     if schedule == "inverse_sqrt" and not warmup:
         sys.exit("train.py: schedule=inverse_sqrt falls from the end of its warm-up; set warmup, for instance to 0.06")
+    if config["mask_depth"] and (mask_80_10_10 or mask_rate_end):
+        sys.exit("train.py: mask_depth needs mask_80_10_10=False and no mask_rate_end: all rows with equally many <mask>")
     train_rows, val_rows, meta = load_bins(folder)
     seq_len, mask_id, vocab_size = meta["seq_len"], meta["special_ids"]["mask"], meta["vocab_size"]
     config = {k: v for k, v in config.items() if k in globals() or k in Config.__dataclass_fields__}
-    config |= {"vocab_size": vocab_size} | {f"{name}_sha256": sha for name, sha in meta["sha256"].items()}
+    config |= {"vocab_size": vocab_size, "mask_id": mask_id} | {f"{name}_sha256": sha for name, sha in meta["sha256"].items()}
     if (out / "model.pt").exists() and resume == "auto":
         sys.exit(f"train.py: {out} holds a finished run; choose another out_dir, or --resume=never to overwrite it")
     ckpt = load_checkpoint(out / "ckpt.pt", config) if (out / "ckpt.pt").exists() and resume == "auto" else None

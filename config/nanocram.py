@@ -9,6 +9,7 @@ position = "rotary"
 rotary_base = 1000.0
 qk_norm = True
 embedding_skip = True
+mask_depth = 0.5
 mask_80_10_10 = False
 
 # A step of Muon moves a matrix by 0.2 lr sqrt(width) in its spectral norm. The same norm at three times the width of

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, TINY_MODEL
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -125,6 +125,34 @@ def test_padding_changes_nothing(position, qk_norm, lengths):
         assert torch.allclose(together[i, :n], model.encode(ids[i : i + 1, :n])[0], atol=1e-5)
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.sampled_from(["scaled_sinusoidal", "rotary"]), st.lists(st.sets(st.integers(0, 9)), min_size=1, max_size=4))
+@example("rotary", [{2, 5}, set(range(7))])  # nothing but <mask> and padding
+def test_masked_tokens_enter_behind_the_first_blocks(position, masked):
+    """Row by row, with the block before it on the other tokens alone; the last row is padded from its position 7 on."""
+    model = bert(position=position, embedding_skip=True, mask_depth=0.5)
+    model.skip_scale.data = torch.tensor([0.25, -1.0])
+    ids, mask = torch.randint(5, 50, (len(masked), 10)), torch.ones(len(masked), 10, dtype=torch.bool)
+    mask[-1, 7:] = False
+    for row, where in zip(ids, masked):
+        row[list(where)] = 4
+    found = model.encode(ids, mask)
+    for row, real, where, states in zip(ids, mask, masked, found):
+        row, seen = row[real], [i for i in range(sum(real)) if i not in where]
+        x, tables = F.embedding(row, model.embedding.weight), None
+        if position == "rotary":
+            tables = model.cos[: len(row)], model.sin[: len(row)]
+        else:
+            x = x + model.position_scale * model.sinusoid[: len(row)]
+        embedded = model.embedding_norm(x)
+        x = embedded.clone()
+        if seen:
+            early = (1.25 * embedded[seen])[None]
+            x[seen] = model.blocks[0](early, None, tables and [table[seen] for table in tables])[0]
+        x = model.blocks[1]((x - embedded)[None], None, tables)[0]
+        assert torch.allclose(states[real], model.final_norm(x), atol=1e-5)
+
+
 def test_order_matters_with_either_kind_of_positions():
     for position in ("scaled_sinusoidal", "rotary"):
         model = bert(position=position)
@@ -193,6 +221,7 @@ def test_impossible_models_are_refused():
         ({"qk_norm": True, "attention": "fourier"}, "qk_norm is for attention=softmax"),
         ({"attention": "flash", "norm_place": "post"}, "norm_place=pre only"),
         ({"attention": "flash", "glu": False}, "gated"),
+        ({"attention": "flash", "mask_depth": 0.5}, "mask_depth is for attention=softmax"),
     ]:
         with pytest.raises(ValueError, match=what):
             bert(**changes)
@@ -217,6 +246,9 @@ SWITCHES = [
     {"attention": "flash"},
     {"attention": "flash", "position": "rotary"},
     {"tie_weights": False},
+    {"mask_depth": 0.5},
+    {"mask_depth": 0.5, "position": "learned"},
+    {"mask_depth": 0.5, "position": "rotary", "qk_norm": True, "embedding_skip": True},
 ]
 
 
@@ -323,14 +355,15 @@ def test_sizes_of_the_published_models(name, expected, monkeypatch):
 def test_flops_of_every_switch(changes):
     model, T, B, k = bert(**changes), 32, 4, 8
     with FlopCounterMode(display=False) as counter:
-        model(torch.randint(50, (B, T)), torch.arange(B * k), torch.randint(50, (B * k,))).backward()
+        model(torch.randint(50, (B, T)), torch.arange(0, B * T, T // k), torch.randint(50, (B * k,))).backward()
     assert flops_per_token(model.config, T, k) * B * T == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 @pytest.mark.parametrize("changes", SWITCHES, ids=label)
 def test_what_is_not_computed_is_not_needed(changes):
     """Logits at some positions, and their gradients, are those of a model that computes everything everywhere."""
-    model, ids, positions = bert(**changes).eval(), torch.randint(50, (2, 8)), torch.tensor([3, 1, 8, 15])
+    model, ids, positions = bert(**changes).eval(), torch.randint(5, 50, (2, 8)), torch.tensor([3, 1, 8, 15])
+    ids.view(-1)[positions] = model.config.mask_id
     everywhere = model.logits(model.encode(ids)).flatten(0, 1)
     weights = list(model.parameters())
     found = [model(ids, positions), everywhere[positions]]
@@ -340,19 +373,20 @@ def test_what_is_not_computed_is_not_needed(changes):
         assert x is y is None or torch.allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
-def test_one_graph_and_no_recompilation_with_a_batch_ramp():
+@pytest.mark.parametrize("changes", [{}, {"mask_depth": 0.5, "position": "rotary"}], ids=label)
+def test_one_graph_and_no_recompilation_with_a_batch_ramp(changes):
     """The step of train.py is compiled once: an evaluation between steps and other micro-batch counts change nothing."""
     from torch._dynamo.testing import CompileCounter
 
     counter = CompileCounter()
-    model = bert()
+    model = bert(**changes)
     step = torch.compile(model, backend=counter, dynamic=False)
     for n_micro in (1, 3, 2):
         for _ in range(n_micro):
             step(torch.randint(50, (4, 16)), torch.arange(0, 64, 4), torch.randint(50, (16,))).backward()
         model.eval()
         with torch.no_grad():
-            model(torch.randint(50, (7, 16)), torch.arange(5))
+            model(torch.randint(50, (7, 16)), torch.arange(0, 112, 16))
         model.train()
     assert counter.frame_count == 1
 

@@ -23,6 +23,9 @@ import model
 import scorecard
 import train
 
+NANOCRAM = "--optimizer=muon --position=rotary --qk_norm=True --embedding_skip=True --mask_depth=0.5".split()
+NANOCRAM.append("--mask_80_10_10=False")
+
 
 def log(name="tiny", key="loss"):
     entries = [json.loads(line) for line in Path(f"out/{name}/log.jsonl").read_text().splitlines()]
@@ -264,11 +267,11 @@ def last_step():
     return max((e["step"] for e in map(json.loads, lines[:-1])), default=0)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_interrupted_and_resumed_equals_uninterrupted(run, tiny_data, home, optimizer):
+@pytest.mark.parametrize("recipe", [["--mask_rate=0.3", "--mask_rate_end=0.15"], NANOCRAM], ids=["crammed", "nanocram"])
+def test_interrupted_and_resumed_equals_uninterrupted(run, tiny_data, home, recipe):
     """kill -9 twice, then SIGTERM, and a last part that finishes: the same weights, bit for bit, and the same log."""
     args = [*TINY, "--max_steps=400", "--dropout=0.1", "--checkpoint_minutes=0.0005", "--eval_minutes=0.001"]
-    args += [f"--optimizer={optimizer}", "--mask_rate=0.3", "--mask_rate_end=0.15"]
+    args += recipe
     assert run("train.py", *args, "--out_dir=out/whole", "--checkpoint_minutes=9.0", "--eval_minutes=9.0")[0] is None
     said = []
     for step, kill in ((30, signal.SIGKILL), (120, signal.SIGKILL), (240, signal.SIGTERM), (None, None)):
@@ -372,12 +375,12 @@ def test_same_config_same_bytes(run, tiny_data):
     assert Path("out/a/model.pt").read_bytes() == Path("out/b/model.pt").read_bytes()
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_every_dtype_trains(run, tiny_data, optimizer):
+@pytest.mark.parametrize("recipe", [[], NANOCRAM], ids=["crammed", "nanocram"])
+def test_every_dtype_trains(run, tiny_data, recipe):
     """fp16 with its loss scaler (which a CPU has too), and resumed in another dtype."""
     for dtype in ("float32", "bfloat16", "float16"):
         args = [*TINY, "--max_steps=40", f"--dtype={dtype}", f"--out_dir=out/{dtype}", "--checkpoint_minutes=0.0001"]
-        args += [f"--optimizer={optimizer}"]
+        args += recipe
         assert run("train.py", *args)[0] is None
     plain, bf16, fp16 = (np.array([e["loss"] for e in log(d)]) for d in ("float32", "bfloat16", "float16"))
     assert np.abs(bf16 - plain).max() < 0.05 and np.abs(fp16 - plain).max() < 0.05
@@ -385,9 +388,10 @@ def test_every_dtype_trains(run, tiny_data, optimizer):
     assert not torch.load("out/bfloat16/ckpt.pt", weights_only=True)["scaler"]
 
 
-def test_compiled_and_eager_runs_agree(run, tiny_data):
+@pytest.mark.parametrize("recipe", [[], NANOCRAM], ids=["crammed", "nanocram"])
+def test_compiled_and_eager_runs_agree(run, tiny_data, recipe):
     for name, compile in (("eager", False), ("compiled", True)):
-        message, output = run("train.py", *TINY, "--max_steps=8", f"--out_dir=out/{name}", f"--compile={compile}")
+        message, output = run("train.py", *TINY, *recipe, "--max_steps=8", f"--out_dir=out/{name}", f"--compile={compile}")
         assert message is None and "warning" not in output, output
     a, b = ([e["loss"] for e in log(n)] for n in ("eager", "compiled"))
     assert np.allclose(a, b, atol=1e-3)
@@ -427,6 +431,8 @@ def test_mistakes_end_in_one_line_before_anything_is_touched(run, tiny_data):
         (["--max_len=16"], "rows have 32 tokens, more than max_len = 16"),
         (["--n_head=5"], "not divisible by n_head = 5"),
         (["--schedule=inverse_sqrt"], "set warmup"),
+        (["--mask_depth=0.5"], "mask_depth needs mask_80_10_10=False"),
+        (["--mask_depth=0.5", "--mask_80_10_10=False", "--mask_rate_end=0.1"], "no mask_rate_end"),
         (["--wandb_log=True"], "needs `pip install wandb`"),
     ]:
         message, _ = run("train.py", *TINY, "--max_steps=2", *args)
