@@ -129,10 +129,10 @@ def rotate(x, cos, sin):
 
 
 def masked_last(ids, positions):
-    """Moves the masked tokens of each row of ids (B, T) behind the others, where they are a slice.
+    """Moves the masked tokens of each row of ids (B, T) behind the others, where a slice leaves them out.
 
-    positions: their indices into the flat batch, row by row, equally many in each. Returns the ids, their positions in the
-    row (B, T), and the new indices of the masked ones: to attention, order is nothing but what the positions say.
+    positions: their indices into the flat batch, row by row, equally many in each. Returns the ids, where in its row each
+    was (B, T), and the new indices of the masked ones. Attention knows of order only what the positions tell it.
     """
     B, T = ids.shape
     starts = T * torch.arange(B, device=ids.device)[:, None]
@@ -278,17 +278,11 @@ class BERT(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def encode(self, ids, mask=None, types=None, positions=None, order=None):
-        """Hidden states (B, T, width) of ids (B, T) int64; with positions, indices into the flat batch, (N, width).
-
-        mask: (B, T) bool, True at real tokens; None = all are. types: (B, T) segment ids; None = all 0.
-        order: (B, T) positions in the row of ids and `positions` that come from `masked_last`; None = 0, 1, 2, ...
-        """
-        T, c = ids.size(1), self.config
-        if T > c.max_len:
-            raise ValueError(f"a sequence of {T} tokens is longer than max_len = {c.max_len}")
+    def embed(self, ids, types, at):
+        """Embeddings (B, T, width), and the tables of rotary positions or None. at: positions, a slice or (B, T)."""
+        c, rotary = self.config, None
         words = self.embedding.weight.index_select(0, ids.flatten())  # the compiled gradient of F.embedding is slow on a CPU
-        x, rotary, at = words.view(*ids.shape, -1), None, slice(T) if order is None else order
+        x = words.view(*ids.shape, -1)
         if c.token_types:
             segments = self.type_embedding.weight
             x = x + (segments[0] if types is None else F.embedding(types.clamp(max=c.token_types - 1), segments))
@@ -300,22 +294,33 @@ class BERT(nn.Module):
             x = x + self.sinusoid[at]
         elif c.position == "rotary":
             rotary = [table[at].to(self.dtype).unsqueeze(-3) for table in (self.cos, self.sin)]
-        x = dropout(self.embedding_norm(x.to(self.dtype)), c.dropout, self.training)
-        embedded, last, seen = x, c.n_layer - 1, mask
-        if c.entry and order is None:
-            hidden = ids == c.mask_id
-            seen = ~hidden if mask is None else mask & ~hidden
-            seen = seen | ~seen.any(1, keepdim=True)  # a row of nothing else sees itself: attention to nothing is NaN
+        return dropout(self.embedding_norm(x.to(self.dtype)), c.dropout, self.training), rotary
+
+    def encode(self, ids, mask=None, types=None, positions=None, order=None):
+        """Hidden states (B, T, width) of ids (B, T) int64; with positions, indices into the flat batch, (N, width).
+
+        mask: (B, T) bool, True at real tokens; None = all are. types: (B, T) segment ids; None = all 0.
+        order: of `masked_last`, as are ids and positions then; it is only for mask_depth, which is faster so.
+        """
+        T, c = ids.size(1), self.config
+        if T > c.max_len:
+            raise ValueError(f"a sequence of {T} tokens is longer than max_len = {c.max_len}")
+        embedded, rotary = self.embed(ids, types, slice(T) if order is None else order)
+        x, keys, last = embedded, mask, c.n_layer - 1
+        if order is not None:
+            x = embedded[:, : T - len(positions) // len(ids)]
         elif c.entry:
-            x = x[:, : T - len(positions) // len(ids)]
+            hidden = ids == c.mask_id
+            keys = ~hidden if mask is None else mask & ~hidden
+            keys = keys | ~keys.any(1, keepdim=True)  # a row of nothing else sees itself: attention to nothing is NaN
         for i, block in enumerate(self.blocks):
             if 0 < i == c.entry:
                 x = x.where(~hidden[..., None], embedded) if order is None else torch.cat([x, embedded[:, x.size(1) :]], dim=1)
-                seen = mask
+                keys = mask
             if c.embedding_skip:
                 x = self.stream_scale[i] * x + self.skip_scale[i] * embedded[:, : x.size(1)]
             tables = rotary and [table[..., : x.size(1), :] for table in rotary]
-            x = block(x, seen, tables, positions if i == last else None)
+            x = block(x, keys, tables, positions if i == last else None)
         return self.final_norm(x)
 
     def logits(self, hidden):
