@@ -1,5 +1,6 @@
 import math
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -389,6 +390,27 @@ def test_one_graph_and_no_recompilation_with_a_batch_ramp(changes):
             model(torch.randint(50, (7, 16)), torch.arange(0, 112, 16))
         model.train()
     assert counter.frame_count == 1
+
+
+def test_switches_leave_nothing_in_the_compiled_default():
+    """The operations of the crammed BERT, counted by hand; beside views and casts, and dropouts of p = 0, which go later."""
+    names = Counter()
+
+    def backend(graph, inputs):
+        for node in graph.graph.nodes:
+            if node.op.startswith("call"):
+                names[getattr(node.target, "__name__", node.target)] += 1
+        return graph.forward
+
+    model = bert(n_layer=3)
+    torch.compile(model, backend=backend, dynamic=False)(
+        torch.randint(50, (4, 16)), torch.arange(16), torch.randint(50, (16,))
+    )
+    for free in ("getitem", "view", "reshape", "flatten", "permute", "transpose", "to", "float", "dropout"):
+        names.pop(free, None)
+    work = {"index_select": 2, "layer_norm": 3 * 2 + 2, "linear": 3 * 5 + 1, "matmul": 3 * 2, "softmax": 3, "gelu": 3}
+    sums = {"add": 1 + 3 * 2, "mul": 1 + 3 * 2}  # positions and residuals; position_scale, 1 / sqrt(width) and the gate
+    assert names == work | sums | {"cross_entropy": 1}
 
 
 def test_dropout_is_on_embeddings_attention_and_residuals(monkeypatch):
