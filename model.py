@@ -49,7 +49,7 @@ class Config:
     @property
     def entry(self):
         """The block before which <mask> enters."""
-        return int(self.mask_depth * self.n_layer)
+        return min(round(self.mask_depth * self.n_layer), self.n_layer - 1)
 
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "relu2": lambda x: F.relu(x).square()}
@@ -67,6 +67,7 @@ def require_possible(config):
         (c.attention == "flash" and c.norm_place == "post", "attention=flash is defined with norm_place=pre only"),
         (c.attention == "flash" and not c.glu, "attention=flash is gated; it needs glu=True"),
         (c.mask_depth and c.attention != "softmax", f"mask_depth is for attention=softmax, not for {c.attention}"),
+        (c.mask_depth and c.entry < 1, f"mask_depth = {c.mask_depth} of n_layer = {c.n_layer} blocks is none"),
         (c.glu and c.n_inner % 2, f"n_inner = {c.n_inner} must be even: it holds both halves of the gated layer"),
     ]
     for broken, message in rules:
@@ -135,6 +136,8 @@ def masked_last(ids, positions):
     was (B, T), and the new indices of the masked ones. Attention knows of order only what the positions tell it.
     """
     B, T = ids.shape
+    if len(positions) % B:
+        raise ValueError(f"with mask_depth, {len(positions)} masked tokens must be equally many in each of {B} rows")
     starts = T * torch.arange(B, device=ids.device)[:, None]
     masked = positions.view(B, -1) - starts
     rest = torch.zeros_like(ids).scatter(1, masked, 1).argsort(dim=1, stable=True)[:, : T - masked.size(1)]
@@ -306,20 +309,19 @@ class BERT(nn.Module):
         if T > c.max_len:
             raise ValueError(f"a sequence of {T} tokens is longer than max_len = {c.max_len}")
         embedded, rotary = self.embed(ids, types, slice(T) if order is None else order)
-        x, keys, last = embedded, mask, c.n_layer - 1
-        if order is not None:
-            x = embedded[:, : T - len(positions) // len(ids)]
-        elif c.entry:
+        n = T if order is None else T - len(positions) // len(ids)  # tokens of a row, without <mask> before it enters
+        x, keys, last = embedded[:, :n], mask, c.n_layer - 1
+        if c.entry and order is None:
             hidden = ids == c.mask_id
             keys = ~hidden if mask is None else mask & ~hidden
             keys = keys | ~keys.any(1, keepdim=True)  # a row of nothing else sees itself: attention to nothing is NaN
         for i, block in enumerate(self.blocks):
-            if 0 < i == c.entry:
-                x = x.where(~hidden[..., None], embedded) if order is None else torch.cat([x, embedded[:, x.size(1) :]], dim=1)
-                keys = mask
+            if c.entry and i == c.entry:
+                x = x.where(~hidden[..., None], embedded) if order is None else torch.cat([x, embedded[:, n:]], dim=1)
+                n, keys = T, mask
             if c.embedding_skip:
-                x = self.stream_scale[i] * x + self.skip_scale[i] * embedded[:, : x.size(1)]
-            tables = rotary and [table[..., : x.size(1), :] for table in rotary]
+                x = self.stream_scale[i] * x + self.skip_scale[i] * embedded[:, :n]
+            tables = rotary and [table[..., :n, :] for table in rotary]
             x = block(x, keys, tables, positions if i == last else None)
         return self.final_norm(x)
 
@@ -335,10 +337,10 @@ class BERT(nn.Module):
     def forward(self, ids, positions, targets=None):
         """Logits (N, vocab_size) at `positions`, N indices into the flat batch; with targets (N,) the mean loss in nats.
 
-        With mask_depth, these are where <mask> stands, and equally many in each row.
+        With mask_depth, `positions` is where <mask> stands, nowhere else, row by row and equally many in each.
         """
         order = None
-        if self.config.entry:
+        if self.config.entry and len(positions) < ids.numel():
             ids, order, positions = masked_last(ids, positions)
         logits = self.logits(self.encode(ids, positions=positions, order=order))
         return logits if targets is None else F.cross_entropy(logits.float(), targets)

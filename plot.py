@@ -1,6 +1,6 @@
 """Pictures of runs.
 
-python plot.py out/x [out/y ...] [--x=tokens] [--out=FILE.png]   curves of log.jsonl, by the clock, or --x=tokens, --x=progress
+python plot.py out/x [out/y ...] [--x=clock|tokens|progress] [--out=FILE.png]   curves of log.jsonl
 python plot.py out/x --card [--out=FILE.png]                     the scorecard of glue.json beside the published rows
 python plot.py out/x out/y ... --scaling [--out=FILE.png]        models of several sizes: loss by compute, with a power law
 
@@ -34,8 +34,11 @@ PANELS = {
     "batch_size": "rows in a batch",
     "grad_norm": "norm of the gradient",
 }
-X = {"clock": ("hours of wall clock", "hours", 1), "tokens": ("million tokens seen", "tokens", 1e-6)}
-X["progress"] = "share of the budget", "progress", 1
+X = {
+    "clock": ("hours of wall clock", "hours", 1),
+    "tokens": ("million tokens seen", "tokens", 1e-6),
+    "progress": ("share of the budget", "progress", 1),
+}
 
 
 def read_log(run):
@@ -61,18 +64,24 @@ def comparable(runs):
 
 
 def recipes(runs):
-    """The runs in lists of those that differ in nothing but the seed."""
-    found = {}
+    """The runs in lists of those that differ in the seed and in nothing else."""
+    found = []  # (config but for the seed, {seed: run})
     for run in runs:
         path = Path(run) / "config.json"
         config = json.loads(path.read_text()) if path.exists() else {"file": str(path)}
-        found.setdefault(json.dumps({**config, "seed": 0, "out_dir": ""}, sort_keys=True), []).append(run)
-    return list(found.values())
+        seed, config = config.get("seed"), {**config, "seed": None, "out_dir": None}
+        seeds = next((seeds for other, seeds in found if other == config and seed not in seeds), {})
+        if not seeds:
+            found.append((config, seeds))
+        seeds[seed] = run
+    return [list(seeds.values()) for _, seeds in found]
 
 
 def mean_and_range(curves):
-    """(xs, mean, lowest, highest) of curves (xs, ys), in straight lines between their points, where all of them have some."""
+    """(xs, mean, lowest, highest) of curves (xs, ys), in straight lines between their points, where all have some; or None."""
     low, high = max(xs[0] for xs, _ in curves), min(xs[-1] for xs, _ in curves)
+    if low > high:
+        return None
     grid = np.unique(np.concatenate([xs for xs, _ in curves]).clip(low, high))
     ys = np.array([np.interp(grid, xs, ys) for xs, ys in curves])
     return grid, ys.mean(0), ys.min(0), ys.max(0)
@@ -89,11 +98,12 @@ def draw_curves(runs, x, file):
         for ax, key in zip(axes.flat, PANELS):
             points = [[(factor * e[field], e[key]) for e in logs[run] if e.get(key) is not None] for run in seeds]
             curves = [np.array(p).T for p in points if p]
-            if key == "val_loss" and len(curves) > 1:
-                xs, mean, lowest, highest = mean_and_range(curves)
+            look = {"color": color, "marker": "o" if key == "val_loss" else None, "ms": 4, "lw": 1.3}
+            if key == "val_loss" and len(curves) > 1 and (band := mean_and_range(curves)):
+                xs, mean, lowest, highest = band
                 ax.fill_between(xs, lowest, highest, color=color, alpha=0.25, lw=0)
-                curves = [(xs, mean)]
-            look = {"color": color, "marker": "o" if key == "val_loss" else None, "ms": 3, "lw": 1.3}
+                ax.plot(xs, mean, color=color, lw=1.3)
+                look |= {"ms": 2, "lw": 0}  # their points alone
             for i, (xs, ys) in enumerate(curves):
                 ax.plot(xs, ys, label=None if i else name, **look)
     for ax, (key, title) in zip(axes.flat, PANELS.items()):

@@ -29,6 +29,7 @@ from scipy import stats
 import train
 from bench import our_config, relative_speeds
 from configurator import ROOT, check, configure, literal, replace_file, write_json
+from model import Config
 
 seeds = 1  # [1, inf) runs of each entry, with the seeds 1337, 1338, ...
 out = "out/sweep"  # folder of the runs and of the table
@@ -109,7 +110,7 @@ def run(name, seed, extra):
         if call("train.py", [*words, f"--out_dir={folder}", f"--seed={seed}"]):
             return "train.py failed"
     else:
-        done = json.loads((folder / "config.json").read_text())
+        done = vars(Config()) | json.loads((folder / "config.json").read_text())  # keys that are younger have their defaults
         free = {*train.FREE_KEYS, "seed", "vocab_size", "mask_id"}  # the last two are the data set's
         keys = done.keys() & config.keys() - free
         if changed := [key for key in sorted(keys) if done[key] != config[key]]:
@@ -133,8 +134,8 @@ def result(folder, speed):
     if (folder / "glue.json").exists():
         scores = json.loads((folder / "glue.json").read_text())["rows"].get("run", {})
         row |= {task: entry["median"] for task, entry in scores.items()}
-        if len(scores) > 1:
-            row[f"mean of {len(scores)}"] = np.mean([entry["median"] for entry in scores.values()])
+        if len(tasks := sorted(scores.keys() - {"wnli", "ax"})) > 1:
+            row[f"mean of {', '.join(tasks)}"] = np.mean([scores[task]["median"] for task in tasks])
     return row, (config["tokenizer_sha256"], config["val_sha256"])
 
 
@@ -164,7 +165,7 @@ def difference(pairs, digits):
     gaps = -np.diff(pairs).flatten()
     mean, error, freedom = gaps.mean(), stats.sem(gaps), len(gaps) - 1
     half = stats.t.ppf(0.975, freedom) * error
-    p = f", p = {2 * stats.t.sf(abs(mean) / error, freedom):.2g}" if error else ""
+    p = f", p = {2 * stats.t.sf(abs(mean) / error, freedom):.2g}" if error > 1e-9 else ""
     return f"{mean:+.{digits}f} [{mean - half:+.{digits}f}, {mean + half:+.{digits}f}]{p}"
 
 
@@ -173,16 +174,17 @@ def differences(found, columns):
     (first, (reference, _)), *others = found.items()
     measures, lines = [c for c in columns if c not in ABOUT], []
     for name, (rows, comparable) in others:
-        seeds, cells = sorted(rows.keys() & reference.keys()), []
+        both, cells = sorted(rows.keys() & reference.keys()), []
         for c in measures:
-            pairs = [(rows[s][c], reference[s][c]) for s in seeds if c in rows[s] and c in reference[s]]
-            complete = len(pairs) == len(seeds) > 1 and (comparable or c != "val_loss")
+            pairs = [(rows[s][c], reference[s][c]) for s in both if c in rows[s] and c in reference[s]]
+            complete = len(pairs) == len(both) > 1 and (comparable or c != "val_loss")
             cells.append(difference(pairs, DIGITS.get(c, 1)) if complete else "")
         if any(cells):
-            lines.append(f"| {name} | {len(seeds)} | " + " | ".join(cells) + " |")
-    head = f"Against {first}, seed by seed: mean of the differences [its 95 % interval by Student's t], p."
-    columns = ["| | n | " + " | ".join(measures) + " |", "|---" * (len(measures) + 2) + "|"]
-    return ["", head, "", *columns, *lines] if lines else []
+            lines.append(f"| {name} | {len(both)} | " + " | ".join(cells) + " |")
+    text = f"Against {first}, over the n seeds that both have; empty where one was not scored: mean of the differences "
+    text += "[its 95 % interval by Student's t], p of this one comparison."
+    head = ["| | n | " + " | ".join(measures) + " |", "|---" * (len(measures) + 2) + "|"]
+    return ["", text, "", *head, *lines] if lines else []
 
 
 def report(names, failed):

@@ -235,7 +235,8 @@ def load_checkpoint(path, config):
     """The checkpoint, on the CPU. SystemExit if it is damaged, or of another experiment."""
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        old, _ = ckpt["config"], [ckpt[k] for k in "model optimizers scaler step tokens rows elapsed world torch".split()]
+        old = {**vars(Config(mask_id=config["mask_id"])), **ckpt["config"]}  # a key that is younger has its default
+        _ = [ckpt[k] for k in "model optimizers scaler step tokens rows elapsed world torch".split()]
     except Exception as e:
         sys.exit(f"train.py: {path} cannot be read: {one_line(e)}; remove it, or --resume=never starts anew")
     if changed := [f"{k} was {v!r}, now {config.get(k)!r}" for k, v in old.items() if config.get(k) != v]:
@@ -325,7 +326,7 @@ def main(config):
         print(f"train.py: micro-batches of {micro} rows, which divide each process's part of batch_size and batch_ramp_rows")
     if schedule == "inverse_sqrt" and not warmup:
         sys.exit("train.py: schedule=inverse_sqrt falls from the end of its warm-up; set warmup, for instance to 0.06")
-    if config["mask_depth"] and (mask_80_10_10 or mask_rate_end):
+    if config["mask_depth"] and (mask_80_10_10 or mask_rate_end not in (0, mask_rate)):
         sys.exit("train.py: mask_depth needs mask_80_10_10=False and no mask_rate_end: all rows with equally many <mask>")
     train_rows, val_rows, meta = load_bins(folder)
     seq_len, mask_id, vocab_size = meta["seq_len"], meta["special_ids"]["mask"], meta["vocab_size"]

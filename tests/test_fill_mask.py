@@ -20,7 +20,10 @@ def model(run, tiny_data):
     assert run("train.py", *TINY, "--max_steps=30")[0] is None
 
 
-def test_the_answers_are_the_models(run, model):
+@pytest.mark.parametrize("changes", [[], ["--mask_depth=0.5", "--mask_80_10_10=False"]])
+def test_the_answers_are_the_models(run, tiny_data, changes):
+    assert run("train.py", *TINY, "--max_steps=30", *changes)[0] is None
+    assert run("fill_mask.py", "out/tiny", "<mask>")[0] is None
     message, output = run("fill_mask.py", "out/tiny", "bal <mask> fal <mask>.", "--top=3")
     assert message is None, message
     saved = torch.load("out/tiny/model.pt", weights_only=True)
@@ -83,9 +86,23 @@ def test_seeds_of_one_recipe_become_a_mean_and_a_range(home):
     """The range by hand: lines from (0, 4) to (2, 2) and from (1, 5) to (3, 3), which both are there from 1 to 2."""
     found = plot.mean_and_range([([0, 2], [4, 2]), ([1, 3], [5, 3])])
     assert [list(x) for x in found] == [[1, 2], [4, 3], [3, 2], [5, 4]]
+    assert plot.mean_and_range([([3], [4.0]), ([1, 2], [8.0, 7.0])]) is None
     settings = [{"seed": 1, "n_layer": 2}, {"seed": 1, "n_layer": 3}, {"seed": 2, "n_layer": 2}, None]
+    settings.append(settings[0])  # the same experiment once more is not another seed
     for i, config in enumerate(settings):
         Path(f"run{i}").mkdir()
         if config:
             Path(f"run{i}/config.json").write_text(json.dumps(config | {"out_dir": f"run{i}"}))
-    assert plot.recipes([f"run{i}" for i in range(4)]) == [["run0", "run2"], ["run1"], ["run3"]]
+        entries = [{"progress": p, "tokens": 1, "hours": 1, "val_loss": loss} for p, loss in ((0.5, 5 + i), (1.0, 4 + i))]
+        lines = [{"progress": 0.1, "tokens": 1, "hours": 1, "loss": 7.0}, *entries]
+        Path(f"run{i}/log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in lines))
+    runs = [f"run{i}" for i in range(5)]
+    assert plot.recipes(runs) == [["run0", "run2"], ["run1"], ["run3"], ["run4"]]
+    plot.draw_curves(runs[:3], "progress", "seeds.png")
+    losses, validation, *_ = plot.plt.gcf().axes
+    assert [text.get_text() for text in losses.get_legend().get_texts()] == ["run0, 2 seeds", "run1"]
+    (band,) = validation.collections
+    assert band.get_datalim(validation.transData).extents.tolist() == [0.5, 4, 1, 7]
+    mean, *points = validation.lines
+    assert mean.get_xydata().tolist() == [[0.5, 6], [1, 5]] and points[1].get_xydata().tolist() == [[0.5, 7], [1, 6]]
+    assert validation.get_xlabel() == "share of the budget"

@@ -223,9 +223,14 @@ def test_impossible_models_are_refused():
         ({"attention": "flash", "norm_place": "post"}, "norm_place=pre only"),
         ({"attention": "flash", "glu": False}, "gated"),
         ({"attention": "flash", "mask_depth": 0.5}, "mask_depth is for attention=softmax"),
+        ({"mask_depth": 0.2}, "mask_depth = 0.2 of n_layer = 2 blocks is none"),
     ]:
         with pytest.raises(ValueError, match=what):
             bert(**changes)
+    with pytest.raises(ValueError, match="5 masked tokens must be equally many in each of 2 rows"):
+        bert(mask_depth=0.5)(torch.zeros(2, 8, dtype=torch.long), torch.arange(5))
+    for depth, n_layer, entry in [(0.29, 100, 29), (0.333, 12, 4), (0.99, 4, 3), (0.5, 16, 8)]:
+        assert Config(n_layer=n_layer, mask_depth=depth).entry == entry
     with pytest.raises(ValueError, match="65 tokens is longer than max_len = 64"):
         bert().encode(torch.zeros(1, 65, dtype=torch.long))
 

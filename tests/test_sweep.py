@@ -138,8 +138,12 @@ def test_a_sweep_runs_compares_survives_a_failure_and_goes_on(run, home):
     words.remove("flash")
     assert run("sweep.py", *words)[0] is None
     assert done == {p: p.stat().st_mtime_ns for p in Path("out/s").glob("*/model.pt")}
-    message, output = run("sweep.py", *words, "--learning_rate=0.001")
-    assert "3 of 3 entries failed" in message and "is a run with another learning_rate" in output
+    path = Path("out/s/crammed-1337/config.json")
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "mask_depth"}))  # an older run
+    assert run("sweep.py", *words)[0] is None
+    for change in ("learning_rate", "mask_depth"):
+        message, output = run("sweep.py", *words, f"--{change}=0.5")
+        assert "3 of 3 entries failed" in message and f"out/s/crammed-1337 is a run with another {change}" in output
     runs = [f"out/s/{name}-1337" for name in ("crammed", "fragment_order")]
     assert run("plot.py", *runs, "--scaling", "--out=laws.png")[0] is None
     assert Path("laws.png").read_bytes()[:4] == b"\x89PNG"
@@ -165,7 +169,7 @@ def test_scores_are_compared_in_pairs_of_seeds(home, monkeypatch):
     low, high = pairs.confidence_interval()
     cola = f"+2.2 [{low:+.1f}, {high:+.1f}], p = {pairs.pvalue:.2g}"
     *_, head, _, b, c = text.splitlines()
-    assert head == "| | n | val_loss | cola | rte | mean of 2 |" and b == f"| b | 3 |  | {cola} |  |  |"
+    assert head == "| | n | val_loss | cola | rte | mean of cola, rte |" and b == f"| b | 3 |  | {cola} |  |  |"
     assert c.startswith("| c | 3 | +0.000 [+0.000, +0.000] | +0.0 [") and "| 56.3 ± 5.5 |" in text.split("Against")[0]
 
 

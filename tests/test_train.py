@@ -375,6 +375,18 @@ def test_same_config_same_bytes(run, tiny_data):
     assert Path("out/a/model.pt").read_bytes() == Path("out/b/model.pt").read_bytes()
 
 
+def test_a_checkpoint_from_before_a_key_has_its_default(run, tiny_data):
+    assert run("train.py", *TINY, "--max_steps=2")[0] is None
+    path = Path("out/tiny/ckpt.pt")
+    ckpt = torch.load(path, weights_only=True)
+    config = ckpt["config"] | {"mask_id": 4}
+    del ckpt["config"]["mask_depth"], ckpt["config"]["mask_id"]
+    torch.save(ckpt, path)
+    assert train.load_checkpoint(path, config)["step"] == 2
+    with pytest.raises(SystemExit, match="mask_depth was 0.0, now 0.5"):
+        train.load_checkpoint(path, config | {"mask_depth": 0.5})
+
+
 @pytest.mark.parametrize("recipe", [[], NANOCRAM], ids=["crammed", "nanocram"])
 def test_every_dtype_trains(run, tiny_data, recipe):
     """fp16 with its loss scaler (which a CPU has too), and resumed in another dtype."""
