@@ -4,7 +4,7 @@ out_dir = "out/nanocram_cpu"
 
 qk_norm = True
 embedding_skip = True
-mask_depth = 0.5
+mask_depth = 0.5  # not in nanocram.py, as it may not pay in longer runs: results/README.md
 
 mask_80_10_10 = False
 optimizer = "muon"
