@@ -9,7 +9,8 @@ changes. The same command continues a sweep that was stopped, and skips what is 
 --table=True runs nothing.
 
 Runs by the clock are only fair on a machine that has nothing else to do. With --tokens=N the first entry sees N tokens, and
-each other one as many as it would in the same time: its speed is measured first, in turns with that of the first entry.
+each other one as many as it would in the same time: its speed is measured first, in turns with that of the first entry (which
+leaves out the seconds of count_tokens).
 
 out/sweep/<name>-<seed>/ are runs like any other; out/sweep/table.md and sweep.png are what came out. With two seeds or more
 the table ends with how far each entry is from the first one, seed by seed, and the 95 % interval of that.
@@ -29,7 +30,6 @@ from scipy import stats
 import train
 from bench import our_config, relative_speeds
 from configurator import ROOT, check, configure, literal, replace_file, write_json
-from model import Config
 
 seeds = 1  # [1, inf) runs of each entry, with the seeds 1337, 1338, ...
 out = "out/sweep"  # folder of the runs and of the table
@@ -110,7 +110,7 @@ def run(name, seed, extra):
         if call("train.py", [*words, f"--out_dir={folder}", f"--seed={seed}"]):
             return "train.py failed"
     else:
-        done = vars(Config()) | json.loads((folder / "config.json").read_text())  # keys that are younger have their defaults
+        done = train.completed(json.loads((folder / "config.json").read_text()))
         free = {*train.FREE_KEYS, "seed", "vocab_size", "mask_id"}  # the last two are the data set's
         keys = done.keys() & config.keys() - free
         if changed := [key for key in sorted(keys) if done[key] != config[key]]:

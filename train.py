@@ -24,7 +24,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from configurator import configure, one_line, replace_file, write_json
+from configurator import configure, declared, one_line, replace_file, write_json
+from cooccurrence import word_vectors
 from hardware import compiled, peak_flops, pick_device, pick_dtype, repeatable
 from model import BERT, Config, flops_per_token
 from muon import Muon, split
@@ -32,9 +33,10 @@ from muon import Muon, split
 out_dir = "out/demo"  # folder of the run
 dataset = "demo"  # corpus: data/<dataset>, as prepare.py wrote it
 resume = "auto"  # {auto, never} auto continues a stopped run; never starts anew and overwrites what is in out_dir
-budget_hours = 24.0  # (0, inf) hours of wall clock from the first step on, compilation and evaluation included
+budget_hours = 24.0  # (0, inf) hours of wall clock from counting (count_tokens) and the first step on, evaluation included
 max_steps = 0  # [0, inf) steps; 0 = the clock decides, else the clock is ignored
 seed = 1337  # [0, inf) seed of the weights and of the masks
+count_tokens = 0  # [0, 100_000_000] tokens of whose neighbours the embedding is first made (cooccurrence.py), 0 = random
 mask_rate = 0.25  # (0, 1) share of a row's positions to predict
 mask_rate_end = 0.0  # [0, 1) share to which mask_rate moves in a line with progress, 0 = it stays
 mask_80_10_10 = True  # of those 80 % become <mask>, 10 % a random token, 10 % stay; else all become <mask>
@@ -204,6 +206,17 @@ def make_optimizers(model):
     return opts + ([Muon(matrices, learning_rate, weight_decay, model.dtype)] if matrices else [])
 
 
+@torch.no_grad()
+def begin_with_counts(model, rows):
+    """Word vectors out of the rows for the embedding, and log-frequencies for the decoder's bias if there is one."""
+    weight = model.embedding.weight
+    vectors, frequencies = (x.to(weight.device) for x in word_vectors(rows, *weight.shape, count_tokens))
+    seen = vectors.norm(dim=1, keepdim=True) > 0.1  # the norm of a vector near 0 has huge gradients
+    weight.copy_(vectors.where(seen, weight))
+    if model.config.decoder_bias:
+        model.decoder_bias.copy_(frequencies)
+
+
 def out_of_memory(micro):
     if micro == 1:
         return "out of memory; the model is too large for this device"
@@ -231,11 +244,17 @@ def first_non_finite(model, batches):
 # The files of a run
 
 
+def completed(config):
+    """A run's config; a key that is younger than the run has its default."""
+    keys = {**declared("train.py"), **declared("model.py")}
+    return {k: value for k, (value, _) in keys.items() if k not in FREE_KEYS} | config
+
+
 def load_checkpoint(path, config):
     """The checkpoint, on the CPU. SystemExit if it is damaged, or of another experiment."""
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        old = {**vars(Config(mask_id=config["mask_id"])), **ckpt["config"]}  # a key that is younger has its default
+        old = completed({"mask_id": config["mask_id"]} | ckpt["config"])
         _ = [ckpt[k] for k in "model optimizers scaler step tokens rows elapsed world torch".split()]
     except Exception as e:
         sys.exit(f"train.py: {path} cannot be read: {one_line(e)}; remove it, or --resume=never starts anew")
@@ -275,8 +294,9 @@ def torch_save(path, value):
 def rules_record(settings, hours, where, world):
     """What the run did about each rule of cramming; the fifth, on fine-tuning, is finetune_glue.py's."""
     given = settings["tokenizer_file"]
+    counted = f", an embedding from up to {count_tokens:,} tokens of train.bin, on the clock" if count_tokens else ""
     return {
-        "1 a masked language model from scratch": {"ok": True, "did": "random initial weights"},
+        "1 a masked language model from scratch": {"ok": True, "did": f"random initial weights{counted}"},
         "2 no pretrained model in the pipeline": {
             "ok": not given and "fineweb-edu" not in str(settings["sources"]).lower(),  # which a model has filtered
             "did": f"tokenizer {given or 'trained on the corpus'}, sources {settings['sources']}",
@@ -332,6 +352,8 @@ def main(config):
     seq_len, mask_id, vocab_size = meta["seq_len"], meta["special_ids"]["mask"], meta["vocab_size"]
     config = {k: v for k, v in config.items() if k in globals() or k in Config.__dataclass_fields__}
     config |= {"vocab_size": vocab_size, "mask_id": mask_id} | {f"{name}_sha256": sha for name, sha in meta["sha256"].items()}
+    if count_tokens and (vocab_size < config["n_embd"] or seq_len < 2):
+        sys.exit("train.py: count_tokens needs a vocabulary as large as n_embd, and rows of two tokens or more")
     if (out / "model.pt").exists() and resume == "auto":
         sys.exit(f"train.py: {out} holds a finished run; choose another out_dir, or --resume=never to overwrite it")
     ckpt = load_checkpoint(out / "ckpt.pt", config) if (out / "ckpt.pt").exists() and resume == "auto" else None
@@ -344,6 +366,15 @@ def main(config):
     if seq_len > model.config.max_len:
         sys.exit(f"train.py: the rows have {seq_len} tokens, more than max_len = {model.config.max_len}")
     model.dtype = pick_dtype(where, dtype)
+    state = {"step": 0, "tokens": 0, "rows": 0, "elapsed": 0.0, "world": world}
+    if count_tokens and not ckpt:
+        began = time.monotonic()
+        if rank == 0:
+            begin_with_counts(model, train_rows)
+        for p in model.parameters() if world > 1 else []:
+            dist.broadcast(p.data, 0)
+        state["elapsed"] = time.monotonic() - began
+        print(f"{min(count_tokens, train_rows.size):,} tokens counted in {state['elapsed']:.1f} s")
     opts = make_optimizers(model)
     scaler = torch.amp.GradScaler(where, enabled=model.dtype == torch.float16)
     if wandb_log and rank == 0:
@@ -360,7 +391,6 @@ def main(config):
         if ckpt["scaler"]:  # empty where that part of the run was not in fp16
             scaler.load_state_dict(ckpt["scaler"])
 
-    state = {"step": 0, "tokens": 0, "rows": 0, "elapsed": 0.0, "world": world}
     if ckpt:
         restore(ckpt)
         state = {k: ckpt[k] for k in state}

@@ -1,7 +1,7 @@
-# An experiment: crammed BERT with NorMuon, rotary positions, QK-norm, skips from the embedding and <mask> at all masked
-# positions. At 4 x 256 on a CPU this, and mask_depth (config/nanocram_cpu.py), had a lower val_loss at equal time; it takes
-# Muon to fine-tune it: results/README.md. At this size it was run, with Muon and without the last two, for two minutes of an
-# H100, and had a lower val_loss there as well; a day of it has not been run.
+# An experiment: crammed BERT with an embedding that is counted first, NorMuon, rotary positions, QK-norm, skips from the
+# embedding and <mask> at all masked positions. At 4 x 256 on a CPU this, and mask_depth (config/nanocram_cpu.py), had a lower
+# val_loss at equal time; it takes Muon to fine-tune it: results/README.md. At this size Muon with rotary positions and QK-norm
+# was run for two minutes of an H100, and had a lower val_loss there as well. A day of it has not been run.
 exec(open("config/crammed.py").read())
 out_dir = "out/nanocram"
 
@@ -9,6 +9,8 @@ position = "rotary"
 rotary_base = 1000.0
 qk_norm = True
 embedding_skip = True
+count_tokens = 100_000_000
+decoder_bias = True
 mask_80_10_10 = False
 
 # A step of Muon moves a matrix by 0.2 lr sqrt(width) in its spectral norm. The same norm at three times the width of

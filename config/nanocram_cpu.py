@@ -6,6 +6,8 @@ qk_norm = True
 embedding_skip = True
 mask_depth = 0.5  # not in nanocram.py, as it may not pay in longer runs: results/README.md
 
+count_tokens = 25_000_000  # all of the corpus: 5 seconds
+decoder_bias = True
 mask_80_10_10 = False
 optimizer = "muon"
 learning_rate = 6e-3
