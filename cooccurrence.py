@@ -56,3 +56,14 @@ def word_vectors(rows, vocab_size, width, tokens):
     u, s, _ = torch.svd_lowrank(pmi, q=min(width + 16, vocab_size), niter=2)
     vectors = (u[:, :width] * s[:width]) @ torch.linalg.qr(torch.randn(width, width)).Q
     return vectors * (LENGTH / width**0.5 / vectors.std().clamp(min=1e-12)), (n.clamp(min=1) / n.sum()).log()
+
+
+@torch.no_grad()
+def begin_with_counts(model, rows, tokens):
+    """Puts the word vectors into the embedding of the model, and the log-frequencies into its decoder_bias if it has one."""
+    weight = model.embedding.weight
+    vectors, frequencies = (x.to(weight.device) for x in word_vectors(rows, *weight.shape, tokens))
+    seen = vectors.norm(dim=1, keepdim=True) > 0.1  # the norm of a vector near 0 has huge gradients
+    weight.copy_(vectors.where(seen, weight))
+    if model.config.decoder_bias:
+        model.decoder_bias.copy_(frequencies)

@@ -148,7 +148,7 @@ def is_bert(config):
     """Whether BertForMaskedLM is this architecture."""
     wanted = Config(norm_place="post", bias=True, glu=False, position="learned", final_norm=False, head_transform=True,
                     decoder_bias=True)  # fmt: skip
-    sizes = "vocab_size n_layer n_head n_embd n_inner max_len norm_eps rotary_base token_types dropout mask_id".split()
+    sizes = "vocab_size n_layer n_head n_embd n_inner max_len norm_eps rotary_base token_types dropout".split()
     same = {k: v for k, v in vars(wanted).items() if k not in sizes}
     return same.items() <= vars(config).items() and config.token_types > 0
 

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from checkpoint import torch_save
 from configurator import configure, one_line
 from export_hf import load_bert, load_run
 from glue import ALSO, METRICS, load_task, write_predictions, zip_predictions
@@ -29,7 +30,6 @@ from model import BERT, Classifier
 from muon import Muon, split
 from rows import n_ids, special_token
 from scorecard import card_text, write_card
-from train import torch_save
 
 out_dir = "out/demo"  # folder of the run
 dataset = "demo"  # corpus of the run; its offline tasks, if any, are in data/<dataset>/tasks

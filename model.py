@@ -36,8 +36,6 @@ class Config:
     attention: str = "softmax"  # {softmax, fourier, flash} flash is the gated attention unit, without a feed-forward layer
     qk_norm: bool = False  # RMS-normalise queries and keys, without weights
     embedding_skip: bool = False  # each block begins with a * x + b * embedding; a and b are learned, from 1 and 0
-    mask_depth: float = 0.0  # [0, 1) share of the blocks that do without <mask>, which enters behind them (Liao et al. 2022)
-    mask_id: int = 4  # [0, 65535] id of <mask> (training takes it from meta.json)
     embedding_norm: bool = True  # norm behind the embeddings
     final_norm: bool = True  # norm before the head
     head_transform: bool = False  # linear layer, GELU and norm before the decoder
@@ -45,11 +43,6 @@ class Config:
     tie_weights: bool = True  # the decoder is the embedding matrix
     token_types: int = 0  # [0, inf) kinds of segment embeddings, 0 = none; BERT has 2
     dropout: float = 0.0  # [0, 1) dropout on embeddings, attention and residual branches in pretraining
-
-    @property
-    def entry(self):
-        """The block before which <mask> enters."""
-        return min(round(self.mask_depth * self.n_layer), self.n_layer - 1)
 
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "relu2": lambda x: F.relu(x).square()}
@@ -66,8 +59,6 @@ def require_possible(config):
         (c.qk_norm and c.attention != "softmax", f"qk_norm is for attention=softmax, not for {c.attention}"),
         (c.attention == "flash" and c.norm_place == "post", "attention=flash is defined with norm_place=pre only"),
         (c.attention == "flash" and not c.glu, "attention=flash is gated; it needs glu=True"),
-        (c.mask_depth and c.attention != "softmax", f"mask_depth is for attention=softmax, not for {c.attention}"),
-        (c.mask_depth and c.entry < 1, f"mask_depth = {c.mask_depth} of n_layer = {c.n_layer} blocks is none"),
         (c.glu and c.n_inner % 2, f"n_inner = {c.n_inner} must be even: it holds both halves of the gated layer"),
     ]
     for broken, message in rules:
@@ -127,22 +118,6 @@ def rotate(x, cos, sin):
     else:
         swapped = x.roll(half, dims=-1)
     return x * cos + swapped * sin
-
-
-def masked_last(ids, positions):
-    """Moves the masked tokens of each row of ids (B, T) behind the others, where a slice leaves them out.
-
-    positions: their indices into the flat batch, row by row, equally many in each. Returns the ids, where in its row each
-    was (B, T), and the new indices of the masked ones. Attention knows of order only what the positions tell it.
-    """
-    B, T = ids.shape
-    if len(positions) % B:
-        raise ValueError(f"with mask_depth, {len(positions)} masked tokens must be equally many in each of {B} rows")
-    starts = T * torch.arange(B, device=ids.device)[:, None]
-    masked = positions.view(B, -1) - starts
-    rest = torch.zeros_like(ids).scatter(1, masked, 1).argsort(dim=1, stable=True)[:, : T - masked.size(1)]
-    order = torch.cat([rest, masked], dim=1)
-    return ids.gather(1, order), order, (starts + torch.arange(rest.size(1), T, device=ids.device)).flatten()
 
 
 def dropout(x, p, training):
@@ -281,48 +256,33 @@ class BERT(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def embed(self, ids, types, at):
-        """Embeddings (B, T, width), and the tables of rotary positions or None. at: positions, a slice or (B, T)."""
-        c, rotary = self.config, None
-        words = self.embedding.weight.index_select(0, ids.flatten())  # the compiled gradient of F.embedding is slow on a CPU
-        x = words.view(*ids.shape, -1)
-        if c.token_types:
-            segments = self.type_embedding.weight
-            x = x + (segments[0] if types is None else F.embedding(types.clamp(max=c.token_types - 1), segments))
-        if c.position == "learned":
-            x = x + self.position_embedding.weight[at]
-        elif c.position == "scaled_sinusoidal":
-            x = x + self.position_scale * self.sinusoid[at]
-        elif c.position == "sinusoidal":
-            x = x + self.sinusoid[at]
-        elif c.position == "rotary":
-            rotary = [table[at].to(self.dtype).unsqueeze(-3) for table in (self.cos, self.sin)]
-        return dropout(self.embedding_norm(x.to(self.dtype)), c.dropout, self.training), rotary
-
-    def encode(self, ids, mask=None, types=None, positions=None, order=None):
+    def encode(self, ids, mask=None, types=None, positions=None):
         """Hidden states (B, T, width) of ids (B, T) int64; with positions, indices into the flat batch, (N, width).
 
         mask: (B, T) bool, True at real tokens; None = all are. types: (B, T) segment ids; None = all 0.
-        order: of `masked_last`, as are ids and positions then; it is only for mask_depth, which is faster so.
         """
         T, c = ids.size(1), self.config
         if T > c.max_len:
             raise ValueError(f"a sequence of {T} tokens is longer than max_len = {c.max_len}")
-        embedded, rotary = self.embed(ids, types, slice(T) if order is None else order)
-        n = T if order is None else T - len(positions) // len(ids)  # tokens of a row, without <mask> before it enters
-        x, keys, last = embedded[:, :n], mask, c.n_layer - 1
-        if c.entry and order is None:
-            hidden = ids == c.mask_id
-            keys = ~hidden if mask is None else mask & ~hidden
-            keys = keys | ~keys.any(1, keepdim=True)  # a row of nothing else sees itself: attention to nothing is NaN
+        words = self.embedding.weight.index_select(0, ids.flatten())  # the compiled gradient of F.embedding is slow on a CPU
+        x, rotary = words.view(*ids.shape, -1), None
+        if c.token_types:
+            segments = self.type_embedding.weight
+            x = x + (segments[0] if types is None else F.embedding(types.clamp(max=c.token_types - 1), segments))
+        if c.position == "learned":
+            x = x + self.position_embedding.weight[:T]
+        elif c.position == "scaled_sinusoidal":
+            x = x + self.position_scale * self.sinusoid[:T]
+        elif c.position == "sinusoidal":
+            x = x + self.sinusoid[:T]
+        elif c.position == "rotary":
+            rotary = self.cos[:T].to(self.dtype), self.sin[:T].to(self.dtype)
+        x = dropout(self.embedding_norm(x.to(self.dtype)), c.dropout, self.training)
+        embedded, last = x, c.n_layer - 1
         for i, block in enumerate(self.blocks):
-            if c.entry and i == c.entry:
-                x = x.where(~hidden[..., None], embedded) if order is None else torch.cat([x, embedded[:, n:]], dim=1)
-                n, keys = T, mask
             if c.embedding_skip:
-                x = self.stream_scale[i] * x + self.skip_scale[i] * embedded[:, :n]
-            tables = rotary and [table[..., :n, :] for table in rotary]
-            x = block(x, keys, tables, positions if i == last else None)
+                x = self.stream_scale[i] * x + self.skip_scale[i] * embedded
+            x = block(x, mask, rotary, positions if i == last else None)
         return self.final_norm(x)
 
     def logits(self, hidden):
@@ -335,14 +295,8 @@ class BERT(nn.Module):
         return F.linear(hidden, weight.to(hidden.dtype), bias)
 
     def forward(self, ids, positions, targets=None):
-        """Logits (N, vocab_size) at `positions`, N indices into the flat batch; with targets (N,) the mean loss in nats.
-
-        With mask_depth, `positions` is where <mask> stands, nowhere else, row by row and equally many in each.
-        """
-        order = None
-        if self.config.entry and len(positions) < ids.numel():
-            ids, order, positions = masked_last(ids, positions)
-        logits = self.logits(self.encode(ids, positions=positions, order=order))
+        """Logits (N, vocab_size) at `positions`, N indices into the flat batch; with targets (N,) the mean loss in nats."""
+        logits = self.logits(self.encode(ids, positions=positions))
         return logits if targets is None else F.cross_entropy(logits.float(), targets)
 
 
@@ -378,12 +332,10 @@ def flops_per_token(config, seq_len, n_masked):
     alone. A multiply-add is two FLOPs. Norms, softmax and the Fourier transform are not counted.
     """
     D, inner = config.n_embd, config.n_inner // 2 if config.glu else config.n_inner
-    share = n_masked / seq_len
     mixing = {"softmax": 4 * D * D, "fourier": 0, "flash": D * FLASH_WIDTH}[config.attention]
     scores = {"softmax": 2 * D, "fourier": 0, "flash": FLASH_WIDTH + inner}[config.attention] * seq_len  # q k^T, and times v
     feed_forward = D * config.n_inner + inner * D
-    block = mixing + scores + feed_forward
-    without = (mixing + scores * (1 - share) + feed_forward) * (1 - share)  # the same where masked tokens are not yet there
+    share = n_masked / seq_len
     unneeded = 0 if config.attention == "flash" else feed_forward * (1 - share)
     head = (config.vocab_size * D + config.head_transform * D * D) * share
-    return math.floor(3 * 2 * ((config.n_layer - config.entry) * block + config.entry * without - unneeded + head))
+    return math.floor(3 * 2 * (config.n_layer * (mixing + scores + feed_forward) - unneeded + head))

@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
+import checkpoint
 import train
 from bench import our_config, relative_speeds
 from configurator import ROOT, check, configure, literal, replace_file, write_json
@@ -110,9 +111,8 @@ def run(name, seed, extra):
         if call("train.py", [*words, f"--out_dir={folder}", f"--seed={seed}"]):
             return "train.py failed"
     else:
-        done = train.completed(json.loads((folder / "config.json").read_text()))
-        free = {*train.FREE_KEYS, "seed", "vocab_size", "mask_id"}  # the last two are the data set's
-        keys = done.keys() & config.keys() - free
+        done = checkpoint.completed(json.loads((folder / "config.json").read_text()))
+        keys = done.keys() & config.keys() - {*checkpoint.FREE_KEYS, "seed", "vocab_size"}  # that one is the data set's
         if changed := [key for key in sorted(keys) if done[key] != config[key]]:
             return f"{folder} is a run with another {', '.join(changed)}"
         if data.exists() and json.loads(data.read_text())["sha256"]["train"] != done["train_sha256"]:

@@ -7,7 +7,6 @@ must be repeatable to the last bit. A stopped run continues with the same comman
 cramming, give the same curve as one: torchrun --nproc_per_node=2 train.py config/demo.py
 """
 
-import errno
 import hashlib
 import json
 import math
@@ -24,8 +23,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from configurator import configure, declared, one_line, replace_file, write_json
-from cooccurrence import word_vectors
+from checkpoint import cut_log, load_checkpoint, torch_save
+from configurator import configure, write_json
+from cooccurrence import begin_with_counts
 from hardware import compiled, peak_flops, pick_device, pick_dtype, repeatable
 from model import BERT, Config, flops_per_token
 from muon import Muon, split
@@ -63,10 +63,6 @@ checkpoint_minutes = 15.0  # (0, inf) minutes between checkpoints
 log_seconds = 10.0  # [0, inf) seconds between log lines, 0 = every step
 check_data = False  # compare train.bin with its sha256 in meta.json first
 wandb_log = False  # log to Weights & Biases too; needs `pip install wandb`
-
-# What may differ between the parts of one run; a change of anything else would be another experiment.
-FREE_KEYS = """resume out_dir device dtype compile micro_batch_size eval_minutes checkpoint_minutes log_seconds check_data
-wandb_log""".split()
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Schedules: pure functions of progress p in [0, 1]
@@ -206,17 +202,6 @@ def make_optimizers(model):
     return opts + ([Muon(matrices, learning_rate, weight_decay, model.dtype)] if matrices else [])
 
 
-@torch.no_grad()
-def begin_with_counts(model, rows):
-    """Word vectors out of the rows for the embedding, and log-frequencies for the decoder's bias if there is one."""
-    weight = model.embedding.weight
-    vectors, frequencies = (x.to(weight.device) for x in word_vectors(rows, *weight.shape, count_tokens))
-    seen = vectors.norm(dim=1, keepdim=True) > 0.1  # the norm of a vector near 0 has huge gradients
-    weight.copy_(vectors.where(seen, weight))
-    if model.config.decoder_bias:
-        model.decoder_bias.copy_(frequencies)
-
-
 def out_of_memory(micro):
     if micro == 1:
         return "out of memory; the model is too large for this device"
@@ -238,57 +223,6 @@ def first_non_finite(model, batches):
     for hook in hooks:
         hook.remove()
     return names[0] if names else "none, only gradients"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The files of a run
-
-
-def completed(config):
-    """A run's config; a key that is younger than the run has its default."""
-    keys = {**declared("train.py"), **declared("model.py")}
-    return {k: value for k, (value, _) in keys.items() if k not in FREE_KEYS} | config
-
-
-def load_checkpoint(path, config):
-    """The checkpoint, on the CPU. SystemExit if it is damaged, or of another experiment."""
-    try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        old = completed({"mask_id": config["mask_id"]} | ckpt["config"])
-        _ = [ckpt[k] for k in "model optimizers scaler step tokens rows elapsed world torch".split()]
-    except Exception as e:
-        sys.exit(f"train.py: {path} cannot be read: {one_line(e)}; remove it, or --resume=never starts anew")
-    if changed := [f"{k} was {v!r}, now {config.get(k)!r}" for k, v in old.items() if config.get(k) != v]:
-        sys.exit(f"train.py: {path} is of another experiment: {'; '.join(changed)}; choose another out_dir, or --resume=never")
-    return ckpt
-
-
-def cut_log(path, step):
-    """Drops the log lines after `step`, and a torn one. Returns the time of the latest one before that, in seconds."""
-    kept, hours = [], 0.0
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        hours = max(hours, entry["hours"])
-        if entry["step"] <= step:
-            kept.append(line + "\n")
-    kept.append(json.dumps({"step": step, "hours": hours, "resumed": True}) + "\n")  # for the next kill
-    with replace_file(path) as f:
-        f.write("".join(kept).encode())
-    return hours * 3600
-
-
-def torch_save(path, value):
-    """torch.save, complete or not at all: what stood at `path` goes when the new file is whole and was read back."""
-    with replace_file(path) as f:
-        try:
-            torch.save(value, f)
-            f.flush()
-            torch.load(f.name, map_location="cpu", weights_only=True)
-        except RuntimeError as e:  # torch's writer replaces the error of the file by its own
-            raise OSError(errno.EIO, f"could not be written ({str(e).splitlines()[0]})", str(path)) from e
 
 
 def rules_record(settings, hours, where, world):
@@ -346,12 +280,10 @@ def main(config):
         print(f"train.py: micro-batches of {micro} rows, which divide each process's part of batch_size and batch_ramp_rows")
     if schedule == "inverse_sqrt" and not warmup:
         sys.exit("train.py: schedule=inverse_sqrt falls from the end of its warm-up; set warmup, for instance to 0.06")
-    if config["mask_depth"] and (mask_80_10_10 or mask_rate_end not in (0, mask_rate)):
-        sys.exit("train.py: mask_depth needs mask_80_10_10=False and no mask_rate_end: all rows with equally many <mask>")
     train_rows, val_rows, meta = load_bins(folder)
     seq_len, mask_id, vocab_size = meta["seq_len"], meta["special_ids"]["mask"], meta["vocab_size"]
     config = {k: v for k, v in config.items() if k in globals() or k in Config.__dataclass_fields__}
-    config |= {"vocab_size": vocab_size, "mask_id": mask_id} | {f"{name}_sha256": sha for name, sha in meta["sha256"].items()}
+    config |= {"vocab_size": vocab_size} | {f"{name}_sha256": sha for name, sha in meta["sha256"].items()}
     if count_tokens and (vocab_size < config["n_embd"] or seq_len < 2):
         sys.exit("train.py: count_tokens needs a vocabulary as large as n_embd, and rows of two tokens or more")
     if (out / "model.pt").exists() and resume == "auto":
@@ -370,7 +302,7 @@ def main(config):
     if count_tokens and not ckpt:
         began = time.monotonic()
         if rank == 0:
-            begin_with_counts(model, train_rows)
+            begin_with_counts(model, train_rows, count_tokens)
         for p in model.parameters() if world > 1 else []:
             dist.broadcast(p.data, 0)
         state["elapsed"] = time.monotonic() - began
@@ -508,13 +440,12 @@ def main(config):
         # save
         if save or done or stop_now:
             if rank == 0:
-                own = {k: v for k, v in config.items() if k not in FREE_KEYS}  # what a checkpoint must agree with
                 parts = {
                     "model": model.state_dict(),
                     "optimizers": [opt.state_dict() for opt in opts],
                     "scaler": scaler.state_dict(),
                 }
-                torch_save(out / "ckpt.pt", {**parts, **state, "config": own, "torch": str(torch.__version__)})
+                torch_save(out / "ckpt.pt", {**parts, **state, "config": config, "torch": str(torch.__version__)})
             last_checkpoint = state["elapsed"]
 
         # stop

@@ -125,7 +125,6 @@ training = {
     "mask_40": {"mask_rate": 0.4},
     "mask_60": {"mask_rate": 0.6},
     "mask_only": {"mask_80_10_10": False},
-    "late_mask": {"mask_80_10_10": False, "mask_depth": 0.5},
     "counted_embedding": {"count_tokens": 25_000_000, "decoder_bias": True},
     # at full scale 8,192, 4,096, 2,048, 1,024 and 512 rows
     "no_batch_ramp": {"batch_ramp": 0.0},

@@ -4,7 +4,6 @@ out_dir = "out/nanocram_cpu"
 
 qk_norm = True
 embedding_skip = True
-mask_depth = 0.5  # not in nanocram.py, as it may not pay in longer runs: results/README.md
 
 count_tokens = 25_000_000  # all of the corpus: 5 seconds
 decoder_bias = True

@@ -180,8 +180,7 @@ def loads_in_transformers(folder, trust, expected, cwd, check=CHECK):
 
 ARCHITECTURES = {
     "crammed": (["--position=scaled_sinusoidal"], True),
-    "rotary": ("--position=rotary --qk_norm=True --embedding_skip=True --norm=rmsnorm --activation=relu2 --mask_depth=0.5 "
-               "--mask_80_10_10=False".split(), True),
+    "rotary": (["--position=rotary", "--qk_norm=True", "--embedding_skip=True", "--norm=rmsnorm", "--activation=relu2"], True),
     "bert": ("--norm_place=post --bias=True --glu=False --position=learned --final_norm=False --head_transform=True "
              "--decoder_bias=True --token_types=2".split(), False),
 }  # fmt: skip
@@ -201,7 +200,7 @@ def test_what_transformers_loads_gives_our_logits(run, tiny_data, home, tmp_path
     tokenizer.enable_padding(pad_id=0, pad_token="<pad>")
     encodings = tokenizer.encode_batch(texts)
     ids, mask = (torch.tensor([getattr(e, what) for e in encodings]) for what in ("ids", "attention_mask"))
-    assert (ids == model.config.mask_id).sum() == 1
+    assert (ids == tokenizer.token_to_id("<mask>")).sum() == 1
     with torch.no_grad():
         logits = model.logits(model.encode(ids, mask.bool()))
     assert ("modeling_nanocram.py" in os.listdir("exported")) == trust

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, TINY_MODEL
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -126,34 +126,6 @@ def test_padding_changes_nothing(position, qk_norm, lengths):
         assert torch.allclose(together[i, :n], model.encode(ids[i : i + 1, :n])[0], atol=1e-5)
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.sampled_from(["scaled_sinusoidal", "rotary"]), st.lists(st.sets(st.integers(0, 9)), min_size=1, max_size=4))
-@example("rotary", [{2, 5}, set(range(7))])  # nothing but <mask> and padding
-def test_masked_tokens_enter_behind_the_first_blocks(position, masked):
-    """Row by row, with the block before it on the other tokens alone; the last row is padded from its position 7 on."""
-    model = bert(position=position, embedding_skip=True, mask_depth=0.5)
-    model.skip_scale.data = torch.tensor([0.25, -1.0])
-    ids, mask = torch.randint(5, 50, (len(masked), 10)), torch.ones(len(masked), 10, dtype=torch.bool)
-    mask[-1, 7:] = False
-    for row, where in zip(ids, masked):
-        row[list(where)] = 4
-    found = model.encode(ids, mask)
-    for row, real, where, states in zip(ids, mask, masked, found):
-        row, seen = row[real], [i for i in range(sum(real)) if i not in where]
-        x, tables = F.embedding(row, model.embedding.weight), None
-        if position == "rotary":
-            tables = model.cos[: len(row)], model.sin[: len(row)]
-        else:
-            x = x + model.position_scale * model.sinusoid[: len(row)]
-        embedded = model.embedding_norm(x)
-        x = embedded.clone()
-        if seen:
-            early = (1.25 * embedded[seen])[None]
-            x[seen] = model.blocks[0](early, None, tables and [table[seen] for table in tables])[0]
-        x = model.blocks[1]((x - embedded)[None], None, tables)[0]
-        assert torch.allclose(states[real], model.final_norm(x), atol=1e-5)
-
-
 def test_order_matters_with_either_kind_of_positions():
     for position in ("scaled_sinusoidal", "rotary"):
         model = bert(position=position)
@@ -222,15 +194,9 @@ def test_impossible_models_are_refused():
         ({"qk_norm": True, "attention": "fourier"}, "qk_norm is for attention=softmax"),
         ({"attention": "flash", "norm_place": "post"}, "norm_place=pre only"),
         ({"attention": "flash", "glu": False}, "gated"),
-        ({"attention": "flash", "mask_depth": 0.5}, "mask_depth is for attention=softmax"),
-        ({"mask_depth": 0.2}, "mask_depth = 0.2 of n_layer = 2 blocks is none"),
     ]:
         with pytest.raises(ValueError, match=what):
             bert(**changes)
-    with pytest.raises(ValueError, match="5 masked tokens must be equally many in each of 2 rows"):
-        bert(mask_depth=0.5)(torch.zeros(2, 8, dtype=torch.long), torch.arange(5))
-    for depth, n_layer, entry in [(0.29, 100, 29), (0.333, 12, 4), (0.99, 4, 3), (0.5, 16, 8)]:
-        assert Config(n_layer=n_layer, mask_depth=depth).entry == entry
     with pytest.raises(ValueError, match="65 tokens is longer than max_len = 64"):
         bert().encode(torch.zeros(1, 65, dtype=torch.long))
 
@@ -252,9 +218,6 @@ SWITCHES = [
     {"attention": "flash"},
     {"attention": "flash", "position": "rotary"},
     {"tie_weights": False},
-    {"mask_depth": 0.5},
-    {"mask_depth": 0.5, "position": "learned"},
-    {"mask_depth": 0.5, "position": "rotary", "qk_norm": True, "embedding_skip": True},
 ]
 
 
@@ -368,8 +331,7 @@ def test_flops_of_every_switch(changes):
 @pytest.mark.parametrize("changes", SWITCHES, ids=label)
 def test_what_is_not_computed_is_not_needed(changes):
     """Logits at some positions, and their gradients, are those of a model that computes everything everywhere."""
-    model, ids, positions = bert(**changes).eval(), torch.randint(5, 50, (2, 8)), torch.tensor([3, 1, 8, 15])
-    ids.view(-1)[positions] = model.config.mask_id
+    model, ids, positions = bert(**changes).eval(), torch.randint(50, (2, 8)), torch.tensor([3, 1, 8, 15])
     everywhere = model.logits(model.encode(ids)).flatten(0, 1)
     weights = list(model.parameters())
     found = [model(ids, positions), everywhere[positions]]
@@ -379,13 +341,12 @@ def test_what_is_not_computed_is_not_needed(changes):
         assert x is y is None or torch.allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{}, {"mask_depth": 0.5, "position": "rotary"}], ids=label)
-def test_one_graph_and_no_recompilation_with_a_batch_ramp(changes):
+def test_one_graph_and_no_recompilation_with_a_batch_ramp():
     """The step of train.py is compiled once: an evaluation between steps and other micro-batch counts change nothing."""
     from torch._dynamo.testing import CompileCounter
 
     counter = CompileCounter()
-    model = bert(**changes)
+    model = bert()
     step = torch.compile(model, backend=counter, dynamic=False)
     for n_micro in (1, 3, 2):
         for _ in range(n_micro):

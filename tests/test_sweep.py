@@ -139,11 +139,13 @@ def test_a_sweep_runs_compares_survives_a_failure_and_goes_on(run, home):
     assert run("sweep.py", *words)[0] is None
     assert done == {p: p.stat().st_mtime_ns for p in Path("out/s").glob("*/model.pt")}
     path = Path("out/s/crammed-1337/config.json")
-    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "mask_depth"}))  # an older run
+    older = {k: v for k, v in json.loads(path.read_text()).items() if k != "embedding_skip"}
+    path.write_text(json.dumps(older))
     assert run("sweep.py", *words)[0] is None
-    for change in ("learning_rate", "mask_depth"):
-        message, output = run("sweep.py", *words, f"--{change}=0.5")
-        assert "3 of 3 entries failed" in message and f"out/s/crammed-1337 is a run with another {change}" in output
+    for change in ("learning_rate=0.5", "embedding_skip=True"):
+        message, output = run("sweep.py", *words, f"--{change}")
+        key = change.partition("=")[0]
+        assert "3 of 3 entries failed" in message and f"out/s/crammed-1337 is a run with another {key}" in output
     runs = [f"out/s/{name}-1337" for name in ("crammed", "fragment_order")]
     assert run("plot.py", *runs, "--scaling", "--out=laws.png")[0] is None
     assert Path("laws.png").read_bytes()[:4] == b"\x89PNG"

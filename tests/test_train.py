@@ -19,12 +19,13 @@ from conftest import ROOT, TINY, start
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import checkpoint
 import model
 import scorecard
 import train
 
-NANOCRAM = "--optimizer=muon --position=rotary --qk_norm=True --embedding_skip=True --mask_depth=0.5".split()
-NANOCRAM += ["--mask_80_10_10=False", "--count_tokens=3000", "--decoder_bias=True"]
+NANOCRAM = "--optimizer=muon --position=rotary --qk_norm=True --embedding_skip=True --mask_80_10_10=False".split()
+NANOCRAM += ["--count_tokens=3000", "--decoder_bias=True"]
 
 
 def log(name="tiny", key="loss"):
@@ -312,8 +313,8 @@ def test_ctrl_c_in_a_large_step_saves_at_once_and_the_step_is_done_again(run, ti
 def test_kills_do_not_give_time_back(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text("".join(json.dumps({"step": s, "hours": s / 10}) + "\n" for s in range(1, 9)) + '{"step": 9, "ho')
-    assert train.cut_log(path, 3) == pytest.approx(0.8 * 3600)
-    assert train.cut_log(path, 3) == pytest.approx(0.8 * 3600)  # killed again before the first new line
+    assert checkpoint.cut_log(path, 3) == pytest.approx(0.8 * 3600)
+    assert checkpoint.cut_log(path, 3) == pytest.approx(0.8 * 3600)  # killed again before the first new line
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 3, 3]
 
 
@@ -379,14 +380,14 @@ def test_a_checkpoint_from_before_a_key_has_its_default(run, tiny_data):
     assert run("train.py", *TINY, "--max_steps=2")[0] is None
     path = Path("out/tiny/ckpt.pt")
     ckpt = torch.load(path, weights_only=True)
-    config = ckpt["config"] | {"mask_id": 4}
-    del ckpt["config"]["mask_depth"], ckpt["config"]["mask_id"], ckpt["config"]["count_tokens"]
+    config = dict(ckpt["config"])
+    del ckpt["config"]["embedding_skip"], ckpt["config"]["count_tokens"]
     torch.save(ckpt, path)
-    assert train.load_checkpoint(path, config)["step"] == 2
-    with pytest.raises(SystemExit, match="mask_depth was 0.0, now 0.5"):
-        train.load_checkpoint(path, config | {"mask_depth": 0.5})
+    assert checkpoint.load_checkpoint(path, config)["step"] == 2
+    with pytest.raises(SystemExit, match="embedding_skip was False, now True"):
+        checkpoint.load_checkpoint(path, config | {"embedding_skip": True})
     with pytest.raises(SystemExit, match="count_tokens was 0, now 100"):
-        train.load_checkpoint(path, config | {"count_tokens": 100})
+        checkpoint.load_checkpoint(path, config | {"count_tokens": 100})
 
 
 @pytest.mark.parametrize("recipe", [[], [*NANOCRAM, "--count_tokens=0"]], ids=["crammed", "nanocram"])
@@ -454,9 +455,7 @@ def test_mistakes_end_in_one_line_before_anything_is_touched(run, tiny_data):
         (["--max_len=16"], "rows have 32 tokens, more than max_len = 16"),
         (["--n_head=5"], "not divisible by n_head = 5"),
         (["--schedule=inverse_sqrt"], "set warmup"),
-        (["--mask_depth=0.5"], "mask_depth needs mask_80_10_10=False"),
         (["--count_tokens=100", "--n_embd=128"], "count_tokens needs a vocabulary as large as n_embd"),
-        (["--mask_depth=0.5", "--mask_80_10_10=False", "--mask_rate_end=0.1"], "no mask_rate_end"),
         (["--wandb_log=True"], "needs `pip install wandb`"),
     ]:
         message, _ = run("train.py", *TINY, "--max_steps=2", *args)

@@ -1,0 +1,61 @@
+"""The checkpoint and the log of a run, which survive kill -9, a full disk and a change of the code."""
+
+import errno
+import json
+import sys
+
+import torch
+
+from configurator import declared, one_line, replace_file
+
+# What may differ between the parts of one run; a change of anything else would be another experiment.
+FREE_KEYS = """resume out_dir device dtype compile micro_batch_size eval_minutes checkpoint_minutes log_seconds check_data
+wandb_log""".split()
+
+
+def completed(config):
+    """A run's config; a key that is younger than the run has its default."""
+    keys = {**declared("train.py"), **declared("model.py")}
+    return {k: value for k, (value, _) in keys.items() if k not in FREE_KEYS} | config
+
+
+def load_checkpoint(path, config):
+    """The checkpoint, on the CPU. SystemExit if it is damaged, or of another experiment."""
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        old = completed(ckpt["config"])
+        _ = [ckpt[k] for k in "model optimizers scaler step tokens rows elapsed world torch".split()]
+    except Exception as e:
+        sys.exit(f"train.py: {path} cannot be read: {one_line(e)}; remove it, or --resume=never starts anew")
+    changed = [f"{k} was {old[k]!r}, now {config.get(k)!r}" for k in old if k not in FREE_KEYS and config.get(k) != old[k]]
+    if changed:
+        sys.exit(f"train.py: {path} is of another experiment: {'; '.join(changed)}; choose another out_dir, or --resume=never")
+    return ckpt
+
+
+def cut_log(path, step):
+    """Drops the log lines after `step`, and a torn one. Returns the time of the latest one before that, in seconds."""
+    kept, hours = [], 0.0
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        hours = max(hours, entry["hours"])
+        if entry["step"] <= step:
+            kept.append(line + "\n")
+    kept.append(json.dumps({"step": step, "hours": hours, "resumed": True}) + "\n")  # for the next kill
+    with replace_file(path) as f:
+        f.write("".join(kept).encode())
+    return hours * 3600
+
+
+def torch_save(path, value):
+    """torch.save, complete or not at all: what stood at `path` goes when the new file is whole and was read back."""
+    with replace_file(path) as f:
+        try:
+            torch.save(value, f)
+            f.flush()
+            torch.load(f.name, map_location="cpu", weights_only=True)
+        except RuntimeError as e:  # torch's writer replaces the error of the file by its own
+            raise OSError(errno.EIO, f"could not be written ({str(e).splitlines()[0]})", str(path)) from e
