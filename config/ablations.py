@@ -62,6 +62,7 @@ architecture = {
     "sinusoidal_positions": {"position": "sinusoidal"},
     "no_positions": {"position": "none"},
     "qk_norm": {"qk_norm": True},
+    "neighbour_keys": {"position": "rotary", "neighbour_keys": True},
     "biases": {"bias": True},
     "no_gating": {"glu": False},
     "no_gating_same_size": {"glu": False, "n_inner": n_inner * 3 // 4},

@@ -1,13 +1,15 @@
-# An experiment: crammed BERT with an embedding that is counted first, NorMuon, rotary positions, QK-norm, skips from the
-# embedding and <mask> at all masked positions. At 4 x 256 on a CPU (config/nanocram_cpu.py) it had a lower val_loss at equal
-# time; it takes Muon to fine-tune it: results/README.md. At this size Muon with rotary positions and QK-norm was run for two
-# minutes of an H100, and had a lower val_loss there as well. A day of it has not been run.
+# An experiment: crammed BERT with an embedding that is counted first, NorMuon, rotary positions, QK-norm, queries and keys
+# that contain the neighbours', skips from the embedding and <mask> at all masked positions. At 4 x 256 on a CPU
+# (config/nanocram_cpu.py) it had a lower val_loss at equal time; it takes Muon to fine-tune it: results/README.md. At this
+# size Muon with rotary positions and QK-norm was run for two minutes of an H100, and had a lower val_loss there as well. A
+# day of it has not been run.
 exec(open("config/crammed.py").read())
 out_dir = "out/nanocram"
 
 position = "rotary"
 rotary_base = 1000.0
 qk_norm = True
+neighbour_keys = True
 embedding_skip = True
 count_tokens = 100_000_000
 decoder_bias = True

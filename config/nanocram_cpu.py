@@ -3,6 +3,7 @@ exec(open("config/cpu.py").read())
 out_dir = "out/nanocram_cpu"
 
 qk_norm = True
+neighbour_keys = True
 embedding_skip = True
 
 count_tokens = 25_000_000  # all of the corpus: 5 seconds

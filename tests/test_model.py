@@ -72,7 +72,14 @@ def test_attention_on_a_cpu_is_sdpa():
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"position": "rotary"}, {"position": "rotary", "qk_norm": True}, {"embedding_skip": True}]
+    "changes",
+    [
+        {},
+        {"position": "rotary"},
+        {"position": "rotary", "qk_norm": True},
+        {"position": "rotary", "qk_norm": True, "neighbour_keys": True},
+        {"embedding_skip": True},
+    ],
 )
 def test_the_whole_model_against_a_second_one(changes):
     """The recipe written a second time, with torch's own modules and the model's weights."""
@@ -90,6 +97,14 @@ def test_the_whole_model_against_a_second_one(changes):
     def norm(x, name):
         return F.layer_norm(x, (D,), w[name + ".weight"], w[name + ".bias"], 1e-12)
 
+    def beside(t):
+        found = torch.zeros_like(t)
+        found[..., :8] = M.rotate(t[..., :8], *M.rotary_tables(11, 8, 10000.0))
+        for i in range(10):
+            found[:, :, i + 1, 8:12] = t[:, :, i, 8:12]
+            found[:, :, i, 12:] = t[:, :, i + 1, 12:]
+        return found
+
     embedded = x = norm(x, "embedding_norm")
     for i in range(2):
         b = f"blocks.{i}."
@@ -100,7 +115,9 @@ def test_the_whole_model_against_a_second_one(changes):
         )
         if "qk_norm" in changes:
             q, k = (t / (t.square().mean(-1, keepdim=True) + torch.finfo(t.dtype).eps).sqrt() for t in (q, k))
-        if "position" in changes:
+        if "neighbour_keys" in changes:
+            q, k = beside(q), beside(k)
+        elif "position" in changes:
             q, k = (M.rotate(t, *M.rotary_tables(11, D // H, 10000.0)) for t in (q, k))
         y = torch.softmax(q @ k.transpose(2, 3) / math.sqrt(D // H), -1) @ v
         x = x + y.transpose(1, 2).reshape(3, 11, D) @ w[b + "out.weight"].T
@@ -115,10 +132,13 @@ def test_the_whole_model_against_a_second_one(changes):
     )
 
 
+POSITIONS = [{"position": "scaled_sinusoidal"}, {"position": "rotary"}, {"position": "rotary", "neighbour_keys": True}]
+
+
 @settings(max_examples=20, deadline=None)
-@given(st.sampled_from(["scaled_sinusoidal", "rotary"]), st.booleans(), st.lists(st.integers(1, 12), min_size=1, max_size=4))
+@given(st.sampled_from(POSITIONS), st.booleans(), st.lists(st.integers(1, 12), min_size=1, max_size=4))
 def test_padding_changes_nothing(position, qk_norm, lengths):
-    model = bert(position=position, qk_norm=qk_norm).eval()
+    model = bert(**position, qk_norm=qk_norm).eval()
     ids = torch.randint(50, (len(lengths), max(lengths) + 3))
     mask = torch.arange(ids.size(1)) < torch.tensor(lengths)[:, None]
     together = model.encode(ids, mask)
@@ -192,6 +212,9 @@ def test_impossible_models_are_refused():
         ({"position": "rotary", "attention": "fourier"}, "has none"),
         ({"qk_norm": True, "attention": "flash"}, "qk_norm is for attention=softmax"),
         ({"qk_norm": True, "attention": "fourier"}, "qk_norm is for attention=softmax"),
+        ({"neighbour_keys": True}, "neighbour_keys needs rotary positions and softmax"),
+        ({"neighbour_keys": True, "position": "rotary", "attention": "flash"}, "neighbour_keys needs rotary positions"),
+        ({"neighbour_keys": True, "position": "rotary", "n_head": 16}, "divisible by 4, not 2"),
         ({"attention": "flash", "norm_place": "post"}, "norm_place=pre only"),
         ({"attention": "flash", "glu": False}, "gated"),
     ]:
@@ -218,6 +241,7 @@ SWITCHES = [
     {"attention": "flash"},
     {"attention": "flash", "position": "rotary"},
     {"tie_weights": False},
+    {"position": "rotary", "qk_norm": True, "neighbour_keys": True, "embedding_skip": True},
 ]
 
 

@@ -24,8 +24,8 @@ import model
 import scorecard
 import train
 
-NANOCRAM = "--optimizer=muon --position=rotary --qk_norm=True --embedding_skip=True --mask_80_10_10=False".split()
-NANOCRAM += ["--count_tokens=3000", "--decoder_bias=True"]
+NANOCRAM = "--optimizer=muon --position=rotary --qk_norm=True --neighbour_keys=True --embedding_skip=True".split()
+NANOCRAM += ["--mask_80_10_10=False", "--count_tokens=3000", "--decoder_bias=True"]
 
 
 def log(name="tiny", key="loss"):
