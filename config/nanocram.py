@@ -1,8 +1,8 @@
 # An experiment: crammed BERT with an embedding that is counted first, NorMuon, rotary positions, QK-norm, queries and keys
 # that contain the neighbours', skips from the embedding and <mask> at all masked positions. At 4 x 256 on a CPU
-# (config/nanocram_cpu.py) it had a lower val_loss at equal time; it takes Muon to fine-tune it: results/README.md. At this
-# size Muon with rotary positions and QK-norm was run for two minutes of an H100, and had a lower val_loss there as well. A
-# day of it has not been run.
+# (config/nanocram_cpu.py) it had a lower val_loss at equal time without the neighbours', and in a short run with them; it
+# takes Muon to fine-tune it: results/README.md. At this size Muon with rotary positions and QK-norm was run for two minutes
+# of an H100, and had a lower val_loss there as well. A day of it has not been run.
 exec(open("config/crammed.py").read())
 out_dir = "out/nanocram"
 
