@@ -112,8 +112,8 @@ def run(name, seed, extra):
             return "train.py failed"
     else:
         done = checkpoint.completed(json.loads((folder / "config.json").read_text()))
-        keys = done.keys() & config.keys() - {*checkpoint.FREE_KEYS, "seed", "vocab_size"}  # that one is the data set's
-        if changed := [key for key in sorted(keys) if done[key] != config[key]]:
+        free = {*checkpoint.FREE_KEYS, "seed", "vocab_size", *(key for key in done if key.endswith("_sha256"))}
+        if changed := [k for k in sorted(done.keys() - free) if done[k] != config.get(k)]:  # or the code has it no longer
             return f"{folder} is a run with another {', '.join(changed)}"
         if data.exists() and json.loads(data.read_text())["sha256"]["train"] != done["train_sha256"]:
             return f"{folder} is a run on another train.bin"

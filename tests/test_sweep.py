@@ -146,6 +146,9 @@ def test_a_sweep_runs_compares_survives_a_failure_and_goes_on(run, home):
         message, output = run("sweep.py", *words, f"--{change}")
         key = change.partition("=")[0]
         assert "3 of 3 entries failed" in message and f"out/s/crammed-1337 is a run with another {key}" in output
+    path.write_text(json.dumps(older | {"gone_from_the_code": 0.5}))
+    assert "out/s/crammed-1337 is a run with another gone_from_the_code" in run("sweep.py", *words)[1]
+    path.write_text(json.dumps(older))
     runs = [f"out/s/{name}-1337" for name in ("crammed", "fragment_order")]
     assert run("plot.py", *runs, "--scaling", "--out=laws.png")[0] is None
     assert Path("laws.png").read_bytes()[:4] == b"\x89PNG"
