@@ -1,9 +1,10 @@
-"""How fast this machine trains, prepares and fine-tunes, side by side with what else one would use.
+"""How fast this machine trains, prepares and fine-tunes, side by side with what else one would use, and what a run can copy.
 
 python bench.py train [SHAPE ...]     full training steps, against BertForMaskedLM and ModernBertForMaskedLM of transformers
 python bench.py prepare FOLDER        prepare.py, against raw encode_batch and against datasets.map
 python bench.py finetune              examples/s, against a plain loop of transformers that pads to 128
 python bench.py score RUN GLUE TASK   what such a loop scores on a task, from the run's model, to set beside RUN/glue.json
+python bench.py copying RUN [RUN ...] val_loss, and the same where the second half of each row is its first half again
 
 SHAPE is one of demo (4 x 256, vocabulary 8,192), small (12 x 384, 32,768) and crammed (16 x 768, 32,768). The candidates
 take turns, so that a noisy machine is noisy for all of them; shown are medians and, in brackets, the extremes.
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 
 import train
-from export_hf import export
+from export_hf import export, load_run
 from finetune_glue import batches, collate
 from glue import METRICS, load_task
 from hardware import peak_flops, pick_device, pick_dtype, repeatable
@@ -395,6 +396,19 @@ def bench_score(run, glue, name):
             print(f"transformers, seed {seed}: {name} {score:.1f}, {seconds:.0f} s, {rate:.0f} examples/s", flush=True)
 
 
+def bench_copying(runs):
+    """Whether a model finds a masked token in what it has read: its loss on rows that say everything twice."""
+    for run in runs:
+        config, weights, _ = load_run(Path(run))
+        _, rows, meta = train.load_bins(Path("data") / json.loads(Path(run, "config.json").read_text())["dataset"])
+        model, where = BERT(config), pick_device("auto")
+        model.load_state_dict(weights)
+        half, mask_id = rows.shape[1] // 2, meta["special_ids"]["mask"]
+        texts = rows, np.tile(rows[:, :half], 2)
+        once, twice = (train.evaluate(model.to(where), text, mask_id, where)[0] for text in texts)
+        print(f"{run}: val_loss {once:.3f}, where the second half of a row repeats the first {twice:.3f}", flush=True)
+
+
 if __name__ == "__main__":
     what, rest = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
     if what == "train" and set(rest) <= SHAPES.keys():
@@ -405,5 +419,7 @@ if __name__ == "__main__":
         bench_finetune()
     elif what == "score" and len(rest) == 3:
         bench_score(*rest)
+    elif what == "copying" and rest:
+        bench_copying(rest)
     else:
         sys.exit(__doc__.strip())

@@ -1,11 +1,13 @@
-"""Filling masks, and pictures."""
+"""Filling masks, what a model copies, and pictures."""
 
+import hashlib
 import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY
@@ -51,6 +53,24 @@ def test_texts_from_stdin_and_mistakes(run, model, monkeypatch):
     args = [sys.executable, ROOT / "fill_mask.py", "out/tiny", "--interactive"]
     process = subprocess.run(args, input=said, capture_output=True, text=True)
     assert process.returncode == 0 and "has no <mask>" in process.stdout and process.stdout.count("%") == 5
+
+
+def test_rows_that_repeat_themselves_are_what_copying_is_measured_on(run, model):
+    """In the losses of the run's own log, and where all rows of val.bin already say everything twice."""
+    message, output = run("bench.py", "copying", "out/tiny")
+    assert message is None, message
+    once, twice = output.split(": val_loss ")[1].split(", where the second half of a row repeats the first ")
+    logged = [json.loads(line) for line in Path("out/tiny/log.jsonl").read_text().splitlines()]
+    assert float(once) == pytest.approx(logged[-1]["val_loss"], abs=0.001) and float(once) != float(twice)
+    rows = np.fromfile("data/tiny/val.bin", np.uint16).reshape(-1, 32)
+    rows[:, 16:] = rows[:, :16]
+    rows.tofile("data/tiny/val.bin")
+    meta = json.loads(Path("data/tiny/meta.json").read_text())
+    meta["sha256"]["val"] = hashlib.sha256(rows.tobytes()).hexdigest()
+    Path("data/tiny/meta.json").write_text(json.dumps(meta))
+    expected = f"out/tiny: val_loss {twice.strip()}, where the second half of a row repeats the first {twice}"
+    assert run("bench.py", "copying", "out/tiny")[1] == expected
+    assert "out/none/model.pt does not exist" in run("bench.py", "copying", "out/none")[0]
 
 
 def test_pictures(run, model):
