@@ -46,7 +46,9 @@ def did_you_mean(name, known):
 
 
 def check(key, value, default, comment):
-    """Returns the value in the default's type; SystemExit where the type, the range or the choice does not allow it."""
+    """Returns the value in the default's type, ~ expanded; SystemExit where type, range or choice do not allow it."""
+    if isinstance(value, str):
+        value = os.path.expanduser(value)
     if isinstance(default, list) and isinstance(value, (str, dict)):
         value = [v.strip() for v in value.split(",") if v.strip()] if isinstance(value, str) else [value]
     if isinstance(default, (list, tuple)) and isinstance(value, (list, tuple)):

@@ -78,7 +78,7 @@ def load_run(run):
         saved = torch.load(run / "model.pt", map_location="cpu", weights_only=True)  # can run no code
         return Config(**saved["config"]), saved["model"], Tokenizer.from_file(str(run / "tokenizer.json"))
     except Exception as e:
-        sys.exit(f"{script}: model.pt or tokenizer.json in {run} cannot be read: {one_line(e)}")
+        sys.exit(f"{script}: model.pt or tokenizer.json in {run} is damaged, or of another version: {one_line(e)}")
 
 
 def load_bert(source):
@@ -216,13 +216,15 @@ def export(run, to, task=None):
         from safetensors.torch import save_file
     except ImportError:
         sys.exit("export_hf.py: needs `pip install safetensors`")
-    run, to = Path(run), Path(to)
+    run, to = Path(run), Path(to).expanduser()
     if to.exists() and any(to.iterdir()):
         sys.exit(f"export_hf.py: {to} exists and is not empty; choose another folder")
     if task:
         source = run / "classifiers" / f"{task}.pt"
         if not source.exists():
-            sys.exit(f"export_hf.py: {source} does not exist; finetune_glue.py with --glue_save=True writes it")
+            elsewhere = ", ".join(f"{found.parts[-3]}/" for found in sorted(run.glob(f"*/classifiers/{task}.pt")))
+            hint = f"there is one in {elsewhere} of {run}" if elsewhere else "finetune_glue.py with --glue_save=True writes it"
+            sys.exit(f"export_hf.py: {source} does not exist; {hint}")
         try:
             saved = torch.load(source, map_location="cpu", weights_only=True)
             config, weights, tokenizer = Config(**saved["config"]), saved["model"], Tokenizer.from_str(saved["tokenizer"])
@@ -252,7 +254,7 @@ def export(run, to, task=None):
             if not saved["pair"] and saved["init"] in ("run", "scratch"):  # as finetune_glue.py joins a single text
                 cls, sep = (special[f"{name}_token"] for name in ("cls", "sep"))
                 pairs = [(token, tokenizer.token_to_id(token)) for token in (cls, sep)]
-                single, pair = f"{cls} $A {sep} {sep}", f"{cls} $A {sep} $B:1 {sep}:1"
+                single, pair = f"{cls} $A {sep} {sep}:1", f"{cls} $A {sep} $B:1 {sep}:1"
                 tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=pairs)
         kind = "NanocramForSequenceClassification" if task else "NanocramForMaskedLM"
         hf = own_config(config if task else replace(config, dropout=0.1), kind, **more)  # for who fine-tunes it, as BERT's

@@ -177,26 +177,29 @@ def draw_losses(losses, file):
 def power_law(points):
     """Fits loss = (c / flops) ** b to those (flops, loss) that no point with less compute undercuts: the envelope.
 
-    Returns (c, b, the envelope).
+    Returns (c, b, the envelope). ValueError where that has fewer than three points.
     """
     envelope = []
     for flops, loss in sorted(points):
         if not envelope or loss < envelope[-1][1]:
             envelope.append((flops, loss))
     if len(envelope) < 3:
-        sys.exit("plot.py: --scaling takes three points on the envelope; evaluate more often, or name more runs")
+        raise ValueError("--scaling takes three points on the envelope; evaluate more often, or name more runs")
     fit = linregress(*np.log(envelope).T)
     return math.exp(-fit.intercept / fit.slope), -fit.slope, envelope
 
 
 def jackknife(runs):
-    """Standard error of power_law's b over runs, each a list of points: leaves out one at a time. nan for fewer than three.
+    """Standard error of power_law's b over runs, each a list of points: leaves out one at a time. nan if they are too few.
 
     The points of one run are not independent, and most are from before its learning rate has come down; runs are.
     """
     if len(runs) < 3:
         return math.nan
-    left = [power_law(sum(runs[:i] + runs[i + 1 :], []))[1] for i in range(len(runs))]
+    try:
+        left = [power_law(sum(runs[:i] + runs[i + 1 :], []))[1] for i in range(len(runs))]
+    except ValueError:
+        return math.nan
     return math.sqrt((len(left) - 1) * np.var(left))
 
 

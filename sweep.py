@@ -16,6 +16,7 @@ out/sweep/<name>-<seed>/ are runs like any other; out/sweep/table.md and sweep.p
 the table ends with how far each entry is from the first one, seed by seed, and the 95 % interval of that.
 """
 
+import hashlib
 import json
 import os
 import signal
@@ -57,23 +58,26 @@ def steps_of(configs):
 
     One that does not run is not in it.
     """
-    recipes, kinds, like, path = {}, {}, {}, Path(out) / "speeds.json"
+    recipes, works, new, path = {}, {}, {}, Path(out) / "speeds.json"
     for name, config in configs.items():
         vars(train).update({k: config[k] for k in ("batch_size", "batch_ramp", "batch_ramp_rows")})
         rows = np.mean([train.batch_rows(p) for p in np.linspace(0, 1, 1001)])
         micro = config["micro_batch_size"]
         recipes[name] = config, max(round(rows / micro), 1) * micro, micro, rows * config["seq_len"]
         work = repr([our_config(config), recipes[name][1:], [config[key] for key in WORK]])  # equal work, equal speed
-        like[name] = kinds.setdefault(work, name)
-    speeds, first = json.loads(path.read_text()) if path.exists() else {}, next(iter(configs))
-    if first not in speeds:
-        speeds = {first: 1.0}
-    if new := [name for name in kinds.values() if name not in speeds]:
-        found = relative_speeds({name: recipes[name][:3] for name in [first, *new]})
-        speeds |= {name: found[name] * speeds[first] for name in new if name in found}
-    speeds |= {name: speeds[like[name]] for name in configs if like[name] in speeds}
-    write_json(path, speeds)
-    shares = {name: speeds[name] / speeds[first] for name in configs if name in speeds}
+        works[name] = hashlib.sha256(work.encode()).hexdigest()[:16]
+    saved, first = json.loads(path.read_text()) if path.exists() else {}, next(iter(configs))
+    speeds = {work: speed for speed, work in saved.values()}
+    if works[first] not in speeds:
+        saved, speeds = {}, {works[first]: 1.0}
+    for name, work in works.items():
+        if work not in speeds:
+            new.setdefault(work, name)
+    if new:
+        found = relative_speeds({name: recipes[name][:3] for name in [first, *new.values()]})
+        speeds |= {work: found[name] * speeds[works[first]] for work, name in new.items() if name in found}
+    write_json(path, saved | {name: [speeds[work], work] for name, work in works.items() if work in speeds})
+    shares = {name: speeds[work] / speeds[works[first]] for name, work in works.items() if work in speeds}
     return {name: max(round(tokens * share / recipes[name][3]), 1) for name, share in shares.items()}
 
 
@@ -145,7 +149,9 @@ def collect(names):
     relative = json.loads(path.read_text()) if path.exists() else {}
     for name in names:
         folders = {path.parent.name.removeprefix(f"{name}-"): path.parent for path in Path(out).glob(f"{name}-*/model.pt")}
-        results = {int(seed): result(folders[seed], relative.get(name)) for seed in sorted(folders) if seed.isdigit()}
+        results = {
+            int(seed): result(folders[seed], relative.get(name, [None])[0]) for seed in sorted(folders) if seed.isdigit()
+        }
         if reference is None and results:
             reference = next(iter(results.values()))[1]
         rows = {seed: row for seed, (row, _) in results.items()}

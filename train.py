@@ -228,7 +228,7 @@ def first_non_finite(model, batches):
 def rules_record(settings, hours, where, world):
     """What the run did about each rule of cramming; the fifth, on fine-tuning, is finetune_glue.py's."""
     given = settings["tokenizer_file"]
-    counted = f", an embedding from up to {count_tokens:,} tokens of train.bin, on the clock" if count_tokens else ""
+    counted = f", an embedding from about {count_tokens:,} tokens of train.bin, on the clock" if count_tokens else ""
     return {
         "1 a masked language model from scratch": {"ok": True, "did": f"random initial weights{counted}"},
         "2 no pretrained model in the pipeline": {
@@ -288,6 +288,8 @@ def main(config):
         sys.exit("train.py: count_tokens needs a vocabulary as large as n_embd, and rows of two tokens or more")
     if (out / "model.pt").exists() and resume == "auto":
         sys.exit(f"train.py: {out} holds a finished run; choose another out_dir, or --resume=never to overwrite it")
+    if out.exists() and any(out.iterdir()) and not (out / "log.jsonl").exists():
+        sys.exit(f"train.py: {out} holds files that are not of a run; choose another out_dir")
     ckpt = load_checkpoint(out / "ckpt.pt", config) if (out / "ckpt.pt").exists() and resume == "auto" else None
 
     torch.manual_seed(seed)
@@ -306,7 +308,7 @@ def main(config):
         for p in model.parameters() if world > 1 else []:
             dist.broadcast(p.data, 0)
         state["elapsed"] = time.monotonic() - began
-        print(f"{min(count_tokens, train_rows.size):,} tokens counted in {state['elapsed']:.1f} s")
+        print(f"about {min(count_tokens, train_rows.size):,} tokens counted in {state['elapsed']:.1f} s")
     opts = make_optimizers(model)
     scaler = torch.amp.GradScaler(where, enabled=model.dtype == torch.float16)
     if wandb_log and rank == 0:
@@ -336,8 +338,9 @@ def main(config):
             state["elapsed"] = max(state["elapsed"], cut_log(out / "log.jsonl", state["step"]))
             print(f"continuing {out} at step {state['step']:,}, {state['elapsed'] / 3600:.3f} h into the budget")
         else:
+            (out / "log.jsonl").write_text("")
             shutil.copy(folder / "tokenizer.json", out)
-            for name in ("log.jsonl", "ckpt.pt", "model.pt", "rules.json", "glue.json", "glue.md", "submission.zip"):
+            for name in ("ckpt.pt", "model.pt", "rules.json", "glue.json", "glue.md", "submission.zip"):
                 (out / name).unlink(missing_ok=True)
             for name in ("submission", "classifiers", "scratch"):
                 shutil.rmtree(out / name, ignore_errors=True)
@@ -456,7 +459,8 @@ def main(config):
                 dist.barrier()  # rank 0 has saved
                 dist.destroy_process_group()
             how = "the same command" if resume == "auto" else "--resume=auto"
-            sys.exit(f"train.py: {reason or 'stopped'}; saved at step {state['step']:,}, {how} continues")
+            further = f", {how} continues" if reason in ("stopped", "") else ""  # as it is, it would be out of memory again
+            sys.exit(f"train.py: {reason or 'stopped'}; saved at step {state['step']:,}{further}")
         timer += time.monotonic() - now
 
         # step

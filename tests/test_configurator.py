@@ -44,6 +44,11 @@ def test_override_is_split_at_the_first_equals_sign():
     assert resolve("--out_dir=a=b")["out_dir"] == "a=b"
 
 
+def test_a_home_folder_is_found_whoever_expands_it(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")  # bash leaves the ~ of --out_dir=~/run as it is
+    assert resolve("--out_dir=~/run")["out_dir"] == "/home/me/run"
+
+
 def test_types():
     assert resolve("--learning_rate=1")["learning_rate"] == 1.0 and isinstance(resolve("--grad_clip=1")["grad_clip"], float)
     assert resolve("--tasks=cola, rte")["tasks"] == ["cola", "rte"]

@@ -1,5 +1,6 @@
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from export_hf import from_hf, load_bert, to_hf
+from finetune_glue import collate
 from model import BERT, Classifier, Config
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] . bal dem fal gol fin dar".split() + [f"w{i}" for i in range(38)]
@@ -243,10 +245,15 @@ def test_a_fine_tuned_classifier_exports_too(run, tiny_data, glue, home, tmp_pat
     loads_in_transformers(home / "exported", True, {"texts": texts, "logits": logits}, away, CHECK_CLASSIFIER)
     message, _ = run("finetune_glue.py", *TINY, *SMALL, "--tasks=cola", "--glue_save=True", "--glue_seeds=1")
     assert run("export_hf.py", "out/tiny", "--to=single", "--task=cola")[0] is None
-    ids = Tokenizer.from_file("single/tokenizer.json").encode("bal dem").ids
-    assert ids == [2, *tokenizer.encode("bal dem", add_special_tokens=False).ids, 3, 3]  # as in fine-tuning
+    encoded = Tokenizer.from_file("single/tokenizer.json").encode("bal dem")
+    assert encoded.ids == [2, *tokenizer.encode("bal dem", add_special_tokens=False).ids, 3, 3]  # as in fine-tuning
+    assert encoded.type_ids == collate([encoded.ids], [0], {"pad": 0, "sep": 3}, "cpu")[2][0].tolist()
+    Path("out/tiny/scratch/classifiers").mkdir(parents=True)
+    shutil.copy("out/tiny/classifiers/cola.pt", "out/tiny/scratch/classifiers/mrpc.pt")
+    assert "there is one in scratch/ of out/tiny" in run("export_hf.py", "out/tiny", "--to=third", "--task=mrpc")[0]
+    assert run("export_hf.py", "out/tiny/scratch", "--to=third", "--task=mrpc")[0] is None
     Path("out/tiny/classifiers/cola.pt").write_bytes(b"damaged")
-    assert "cannot be read" in run("export_hf.py", "out/tiny", "--to=third", "--task=cola")[0]
+    assert "cannot be read" in run("export_hf.py", "out/tiny", "--to=fourth", "--task=cola")[0]
     Path("out/tiny/classifiers/cola.pt").unlink()
     assert "--glue_save=True writes it" in run("export_hf.py", "out/tiny", "--to=other", "--task=cola")[0]
     assert "does not exist" in run("export_hf.py", "out/none", "--to=other")[0] and not Path("other").exists()

@@ -89,7 +89,7 @@ def test_tokens_in_place_of_the_clock(run, home, monkeypatch):
     message, output = run("sweep.py", *words)
     assert message == "sweep.py: 1 of 4 entries failed: flash; the same command tries them again"
     assert "flash: does not run" in output and not Path("out/s/flash-1337").exists()
-    speeds = json.loads(Path("out/s/speeds.json").read_text())
+    speeds = {name: speed for name, (speed, _) in json.loads(Path("out/s/speeds.json").read_text()).items()}
     assert speeds["crammed"] == 1.0 and speeds["half_depth"] > 0 and "half_depth: " in output
     assert speeds["cosine_schedule"] == 1.0 and "cosine_schedule: " not in output
     for name, speed in speeds.items():
@@ -99,6 +99,20 @@ def test_tokens_in_place_of_the_clock(run, home, monkeypatch):
     assert "| speed |" in table[0] and [line.split(" | ")[-1] for line in table[2:5:2]] == ["1.00 |", "1.00 |"]
     message, output = run("sweep.py", *words)
     assert "flash" in message and "times the tokens/s" not in output and "== train.py" not in output
+
+    asked = []
+
+    def speeds_of(recipes):
+        asked.append(list(recipes))
+        return dict.fromkeys(recipes, 2.0) | {"crammed": 1.0}
+
+    monkeypatch.setattr(sweep, "relative_speeds", speeds_of)
+    monkeypatch.setattr(sweep, "out", "out/s")
+    monkeypatch.setattr(sweep, "tokens", 9000)
+    configs = {name: sweep.configure("sweep.py", sweep.words_of(name, words[6:])) for name in ("crammed", "half_depth")}
+    other = {name: config | {"n_inner": 128} for name, config in configs.items()}
+    before, after, again = sweep.steps_of(configs), sweep.steps_of(other), sweep.steps_of(other)
+    assert asked == [["crammed", "half_depth"]] and after == again and after["half_depth"] != before["half_depth"]
 
 
 def test_changes_of_a_recipe_of_ones_own(home):
@@ -214,8 +228,9 @@ def test_the_power_law_is_found_again():
     above = [(c * 2, loss + 0.5) for c, loss in law]
     c, b, envelope = plot.power_law(law + above)
     assert envelope == law and math.isclose(b, 0.1) and math.isclose((c / 1e14) ** b, law[2][1])
+    assert math.isnan(plot.jackknife([law[:1], law[1:2], law[2:3]]))  # of any two no law is to be had
     assert plot.jackknife([law, above, law]) < 1e-9 and math.isnan(plot.jackknife([law, above]))
-    with pytest.raises(SystemExit, match="three points on the envelope"):
+    with pytest.raises(ValueError, match="three points on the envelope"):
         plot.power_law(law[:2] + [(c, 9.0) for c, _ in law])
 
 

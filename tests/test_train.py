@@ -364,6 +364,12 @@ def test_a_finished_run_is_not_overwritten(run, tiny_data):
     before = Path("out/tiny/model.pt").read_bytes()
     message, _ = run("train.py", *TINY, "--max_steps=3")
     assert "holds a finished run" in message and Path("out/tiny/model.pt").read_bytes() == before
+    Path("mine/scratch").mkdir(parents=True)
+    Path("mine/config.json").write_text("{}")
+    for resume in ("auto", "never"):
+        message, _ = run("train.py", *TINY, "--max_steps=3", "--out_dir=mine", f"--resume={resume}")
+        assert "mine holds files that are not of a run" in message
+    assert Path("mine/scratch").exists() and Path("mine/config.json").read_text() == "{}"
     Path("out/tiny/glue.json").write_text("{}")
     assert run("train.py", *TINY, "--max_steps=3", "--resume=never")[0] is None
     assert Path("out/tiny/model.pt").read_bytes() != before and not Path("out/tiny/glue.json").exists()
