@@ -8,7 +8,6 @@ embedding_skip = True
 
 count_tokens = 25_000_000  # all of the corpus: 5 seconds
 decoder_bias = True
-mask_80_10_10 = False
 optimizer = "muon"
 learning_rate = 6e-3
 weight_decay = 0.1
