@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import linregress
 
+from checkpoint import completed
 from scorecard import DOCS, NINE, PUBLISHED
 
 try:
@@ -69,7 +70,7 @@ def recipes(runs):
     for run in runs:
         path = Path(run) / "config.json"
         config = json.loads(path.read_text()) if path.exists() else {"file": str(path)}
-        seed, config = config.get("seed"), {**config, "seed": None, "out_dir": None}
+        seed, config = config.get("seed"), {**completed(config), "seed": None, "out_dir": None, "resume": None}
         seeds = next((seeds for other, seeds in found if other == config and seed not in seeds), {})
         if not seeds:
             found.append((config, seeds))
