@@ -78,7 +78,7 @@ def load_run(run):
         saved = torch.load(run / "model.pt", map_location="cpu", weights_only=True)  # can run no code
         return Config(**saved["config"]), saved["model"], Tokenizer.from_file(str(run / "tokenizer.json"))
     except Exception as e:
-        sys.exit(f"{script}: model.pt or tokenizer.json in {run} is damaged, or of another version: {one_line(e)}")
+        sys.exit(f"{script}: model.pt or tokenizer.json in {run} cannot be read (damaged, of another version?): {one_line(e)}")
 
 
 def load_bert(source):
