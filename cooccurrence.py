@@ -17,9 +17,8 @@ import torch
 
 WINDOW = 4  # tokens to each side
 SMOOTHING = 0.75  # of the contexts' frequencies: a rare one says less about a word than its share suggests
-LENGTH = (
-    2.56  # of a word's vector where all words occur: so much do its logits vary over random hidden states, of norm sqrt(width)
-)
+# Of a word's vector, where all words occur: so much do its logits vary over random hidden states, of norm sqrt(width).
+LENGTH = 2.56
 SPANS = 64  # of rows, from all over a corpus that may be sorted
 STRIP = 4096  # rows of a matrix at a time, where a second one of its size may not fit
 
