@@ -76,7 +76,10 @@ def load_run(run):
         sys.exit(f"{script}: {run / 'model.pt'} does not exist; run train.py first, or name the folder of a finished run")
     try:
         saved = torch.load(run / "model.pt", map_location="cpu", weights_only=True)  # can run no code
-        return Config(**saved["config"]), saved["model"], Tokenizer.from_file(str(run / "tokenizer.json"))
+        config, weights = Config(**saved["config"]), saved["model"]
+        if config.token_types:  # pretraining has seen one segment: the others begin as it
+            weights["type_embedding.weight"][1:] = weights["type_embedding.weight"][0]
+        return config, weights, Tokenizer.from_file(str(run / "tokenizer.json"))
     except Exception as e:
         sys.exit(f"{script}: model.pt or tokenizer.json in {run} cannot be read (damaged, of another version?): {one_line(e)}")
 

@@ -189,8 +189,6 @@ def main(config):
         bert = BERT(model_config)
         if glue_init != "scratch":
             bert.load_state_dict(weights)
-        if glue_init == "run" and model_config.token_types:  # pretraining has seen one segment: the other starts as it
-            bert.type_embedding.weight.data[1:] = bert.type_embedding.weight.data[0]
         bert.dtype = pick_dtype(where, dtype)
         model = Classifier(bert, n_classes, glue_pooling, glue_dropout, len(pooler["bias"]) if pooler else 1024)
         if pooler:

@@ -24,6 +24,24 @@ def differing(settings):
     return sorted({k for s in settings for k in s.keys() | settings[0].keys() if s.get(k) != settings[0].get(k)})
 
 
+def rules_record(settings, count_tokens, hours, where, world):
+    """What a pretraining run did about each rule of cramming, for rules.json; the fifth is on fine-tuning.
+
+    settings: those of the corpus, in meta.json; count_tokens: train.py's; hours on `world` devices of the kind `where`.
+    """
+    given = settings["tokenizer_file"]
+    counted = f", an embedding from about {count_tokens:,} tokens of train.bin, on the clock" if count_tokens else ""
+    return {
+        "1 a masked language model from scratch": {"ok": True, "did": f"random initial weights{counted}"},
+        "2 no pretrained model in the pipeline": {
+            "ok": not given and "fineweb-edu" not in str(settings["sources"]).lower(),  # which a model has filtered
+            "did": f"tokenizer {given or 'trained on the corpus'}, sources {settings['sources']}",
+        },
+        "3 raw text, no downstream data": {"ok": True, "did": "not checked here; prepare.py --overlap=FOLDER looks for GLUE"},
+        "4 one GPU, 24 hours": {"ok": hours < 24.05 and world == 1, "did": f"{hours:.3f} h on {world} {where}"},
+    }
+
+
 def rules_line(card, record):
     """Whether the scores are inside the rules of cramming, and which rule is broken if not."""
     if not record and {"run", "scratch"} & card["rows"].keys():

@@ -149,9 +149,8 @@ def collect(names):
     relative = json.loads(path.read_text()) if path.exists() else {}
     for name in names:
         folders = {path.parent.name.removeprefix(f"{name}-"): path.parent for path in Path(out).glob(f"{name}-*/model.pt")}
-        results = {
-            int(seed): result(folders[seed], relative.get(name, [None])[0]) for seed in sorted(folders) if seed.isdigit()
-        }
+        speed = relative.get(name, [None])[0]
+        results = {int(seed): result(folders[seed], speed) for seed in sorted(folders) if seed.isdigit()}
         if reference is None and results:
             reference = next(iter(results.values()))[1]
         rows = {seed: row for seed, (row, _) in results.items()}

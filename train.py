@@ -29,6 +29,7 @@ from cooccurrence import begin_with_counts
 from hardware import compiled, peak_flops, pick_device, pick_dtype, repeatable
 from model import BERT, Config, flops_per_token
 from muon import Muon, split
+from scorecard import rules_record
 
 out_dir = "out/demo"  # folder of the run
 dataset = "demo"  # corpus: data/<dataset>, as prepare.py wrote it
@@ -223,21 +224,6 @@ def first_non_finite(model, batches):
     for hook in hooks:
         hook.remove()
     return names[0] if names else "none, only gradients"
-
-
-def rules_record(settings, hours, where, world):
-    """What the run did about each rule of cramming; the fifth, on fine-tuning, is finetune_glue.py's."""
-    given = settings["tokenizer_file"]
-    counted = f", an embedding from about {count_tokens:,} tokens of train.bin, on the clock" if count_tokens else ""
-    return {
-        "1 a masked language model from scratch": {"ok": True, "did": f"random initial weights{counted}"},
-        "2 no pretrained model in the pipeline": {
-            "ok": not given and "fineweb-edu" not in str(settings["sources"]).lower(),  # which a model has filtered
-            "did": f"tokenizer {given or 'trained on the corpus'}, sources {settings['sources']}",
-        },
-        "3 raw text, no downstream data": {"ok": True, "did": "not checked here; prepare.py --overlap=FOLDER looks for GLUE"},
-        "4 one GPU, 24 hours": {"ok": hours < 24.05 and world == 1, "did": f"{hours:.3f} h on {world} {where}"},
-    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -525,7 +511,8 @@ def main(config):
 
     bar.close()
     if rank == 0:
-        write_json(out / "rules.json", rules_record(meta["settings"], state["elapsed"] / 3600, where, state["world"]))
+        record = rules_record(meta["settings"], count_tokens, state["elapsed"] / 3600, where, state["world"])
+        write_json(out / "rules.json", record)
         torch_save(out / "model.pt", {"config": vars(model.config), "model": model.state_dict()})
         used, hours = flops * state["tokens"], state["elapsed"] / 3600
         print(

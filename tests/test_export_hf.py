@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY
+from safetensors.torch import load_file
 from test_finetune_glue import SMALL, glue  # noqa: F401
 from tokenizers import Tokenizer
 from transformers import BertConfig, BertForMaskedLM, BertModel
@@ -209,6 +210,9 @@ def test_what_transformers_loads_gives_our_logits(run, tiny_data, home, tmp_path
     assert ("modeling_nanocram.py" in os.listdir("exported")) == trust
     away = tmp_path_factory.mktemp("away")
     loads_in_transformers(home / "exported", trust, {"texts": texts, "ids": ids, "logits": logits}, away)
+    if name == "bert":  # training has seen segment 0 alone: the exported segment 1 must not be its random start
+        rows = load_file("exported/model.safetensors")["bert.embeddings.token_type_embeddings.weight"]
+        assert torch.equal(rows[1], rows[0]) and not torch.equal(rows[1], saved["model"]["type_embedding.weight"][1])
     card = Path("exported/README.md").read_text()
     assert "Validation loss" in card and "Rules of cramming" in card
     message, _ = run("export_hf.py", "out/tiny", "--to=exported")

@@ -25,7 +25,7 @@ import scorecard
 import train
 
 NANOCRAM = "--optimizer=muon --position=rotary --qk_norm=True --neighbour_keys=True --embedding_skip=True".split()
-NANOCRAM += ["--mask_80_10_10=False", "--count_tokens=3000", "--decoder_bias=True"]
+NANOCRAM += ["--count_tokens=3000", "--decoder_bias=True"]
 
 
 def log(name="tiny", key="loss"):
@@ -199,7 +199,7 @@ def test_the_time_after_the_last_checkpoint_counts(run, tiny_data):
     ],
 )
 def test_a_broken_rule_is_named(tokenizer, source, hours, world, rule):
-    record = train.rules_record({"tokenizer_file": tokenizer, "sources": [source]}, hours, "cuda", world)
+    record = scorecard.rules_record({"tokenizer_file": tokenizer, "sources": [source]}, 0, hours, "cuda", world)
     assert [k[0] for k, r in record.items() if not r["ok"]] == list(rule)
     assert scorecard.rules_line({"rows": {}}, record).startswith(f"broken: {rule} " if rule else "inside")
     assert scorecard.rules_line({"rows": {"run": {}}}, {}).startswith("unknown")
