@@ -33,20 +33,25 @@ def load_checkpoint(path, config):
     return ckpt
 
 
-def cut_log(path, step):
-    """Drops the log lines after `step`, and a torn one. Returns the time of the latest one before that, in seconds."""
-    kept, hours = [], 0.0
-    for line in path.read_text().splitlines() if path.exists() else []:
+def read_log(path):
+    """The entries of a log.jsonl, but for a line that a kill has torn."""
+    entries = []
+    for line in path.read_text().splitlines():
         try:
-            entry = json.loads(line)
+            entries.append(json.loads(line))
         except ValueError:
             continue
-        hours = max(hours, entry["hours"])
-        if entry["step"] <= step:
-            kept.append(line + "\n")
-    kept.append(json.dumps({"step": step, "hours": hours, "resumed": True}) + "\n")  # for the next kill
+    return entries
+
+
+def cut_log(path, step):
+    """Drops the log lines after `step`, and a torn one. Returns the time of the latest one before that, in seconds."""
+    entries = read_log(path) if path.exists() else []
+    hours = max((entry["hours"] for entry in entries), default=0.0)
+    kept = [entry for entry in entries if entry["step"] <= step]
+    kept.append({"step": step, "hours": hours, "resumed": True})  # for the next kill
     with replace_file(path) as f:
-        f.write("".join(kept).encode())
+        f.write("".join(json.dumps(entry) + "\n" for entry in kept).encode())
     return hours * 3600
 
 

@@ -25,7 +25,7 @@ from checkpoint import torch_save
 from configurator import configure, one_line
 from export_hf import load_bert, load_run
 from glue import ALSO, METRICS, load_task, write_predictions, zip_predictions
-from hardware import pick_device, pick_dtype, repeatable
+from hardware import no_memory, pick_device, pick_dtype, repeatable
 from model import BERT, Classifier
 from muon import Muon, split
 from rows import n_ids, special_token
@@ -267,7 +267,9 @@ if __name__ == "__main__":
     globals().update({k: v for k, v in config.items() if k in globals()})
     try:
         main(config)
-    except torch.OutOfMemoryError:
+    except RuntimeError as e:
+        if not no_memory(e):
+            raise
         sys.exit("finetune_glue.py: out of memory; lower glue_batch_size or glue_max_len")
     except OSError as e:
         sys.exit(f"finetune_glue.py: {e.strerror or e}: {e.filename}; finished seeds are saved, the same command continues")

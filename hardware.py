@@ -76,6 +76,11 @@ def peak_flops(where, act_dtype):
     return best, f"measured on this {where}"
 
 
+def no_memory(error):
+    """Whether torch raised it for want of memory, which on a CPU has no class of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def compiled(model, scale, *batch):
     """The compiled model; or, with a warning, the model itself where no compiler works or the gradients differ.
 
@@ -86,11 +91,11 @@ def compiled(model, scale, *batch):
         fast = torch.compile(model, dynamic=False)  # shapes are fixed; a static graph is the fastest
         for forward in (fast, model):
             gradients.append(torch.autograd.grad(scale(forward(*batch)), matrices))
-    except torch.OutOfMemoryError:
-        if gradients:  # the eager pass needs more memory than the compiled one; go on unchecked
-            return fast
-        raise
     except Exception as e:
+        if no_memory(e):
+            if gradients:  # the eager pass needs more memory than the compiled one; go on unchecked
+                return fast
+            raise
         print(f"train.py: warning: torch.compile does not work here, going on without: {one_line(e)}")
         return model
     # in thirds, so that queries, keys and values count one by one; in fp16 the first scales overflow

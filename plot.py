@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import linregress
 
-from checkpoint import completed
+from checkpoint import completed, read_log
 from scorecard import DOCS, NINE, PUBLISHED
 
 try:
@@ -42,16 +42,11 @@ X = {
 }
 
 
-def read_log(run):
+def log_of(run):
     path = Path(run) / "log.jsonl"
     if not path.exists():
         sys.exit(f"plot.py: {path} does not exist; name the folder of a run, as in out/demo")
-    entries = []
-    for line in path.read_text().splitlines():
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            continue  # a killed run's last line
+    entries = read_log(path)
     if not entries:
         sys.exit(f"plot.py: {path} is empty: the run has only begun")
     return entries
@@ -89,7 +84,7 @@ def mean_and_range(curves):
 
 
 def draw_curves(runs, x, file):
-    logs = {run: read_log(run) for run in runs}
+    logs = {run: log_of(run) for run in runs}
     label, field, factor = X[x]
     if x == "clock" and max(e["hours"] for log in logs.values() for e in log) <= 2:
         label, factor = "minutes of wall clock", 60
@@ -206,7 +201,7 @@ def jackknife(runs):
 
 def draw_scaling(runs, file):
     """val_loss by compute and by the clock, a curve a run, and the power law of the envelope over all."""
-    logs = [[e for e in read_log(run) if "flops" in e] for run in runs]
+    logs = [[e for e in log_of(run) if "flops" in e] for run in runs]
     if not comparable(runs):
         sys.exit("plot.py: --scaling takes runs of one tokenizer and val.bin")
     fig, axes = plt.subplots(1, 2, figsize=(12, 4.5), constrained_layout=True, sharey=True)

@@ -13,7 +13,8 @@ each other one as many as it would in the same time: its speed is measured first
 leaves out the seconds of count_tokens).
 
 out/sweep/<name>-<seed>/ are runs like any other; out/sweep/table.md and sweep.png are what came out. With two seeds or more
-the table ends with how far each entry is from the first one, seed by seed, and the 95 % interval of that.
+the table ends with how far each entry is from the first one, seed by seed, and the 95 % interval of that. For --table=True
+their config.json, log.jsonl and glue.json are enough.
 """
 
 import hashlib
@@ -38,8 +39,8 @@ out = "out/sweep"  # folder of the runs and of the table
 tokens = 0  # [0, inf) tokens that the first entry sees, 0 = the clock decides
 table = False  # only make the table of what is there
 OWN = {"seeds": (seeds, "[1, inf)"), "out": (out, ""), "tokens": (tokens, "[0, inf)"), "table": (table, "")}
-ABOUT = {"layers", "width", "M tokens", "epochs", "speed", "k tokens/s"}  # columns of the table that are no result
-DIGITS = {"layers": 0, "width": 0, "val_loss": 3, "epochs": 2, "speed": 2}  # of the table's columns, else 1
+ABOUT = {"layers", "width", "passed at", "M tokens", "epochs", "speed", "k tokens/s"}  # columns without a difference
+DIGITS = {"layers": 0, "width": 0, "val_loss": 3, "passed at": 2, "epochs": 2, "speed": 2}  # of the table's columns, else 1
 WORK = ["seq_len", "mask_rate", "mask_80_10_10", "optimizer", "dtype", "device", "compile"]  # what else a step's time is of
 
 
@@ -126,13 +127,29 @@ def run(name, seed, extra):
     return None
 
 
-def result(folder, speed):
-    """What a finished run reached, {column: number}, and the sha256 of the two files that make its val_loss."""
-    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    config = json.loads((folder / "config.json").read_text())
-    last = [e for e in entries if "val_loss" in e][-1]
+def passes(curve, loss):
+    """The first x of a curve [(x, y)] of straight lines at which y is no more than `loss`; nan if there is none."""
+    for (x0, y0), (x1, y1) in zip(curve[:1] + curve, curve):
+        if y1 <= loss:
+            return x1 - (x1 - x0) * (loss - y1) / (y0 - y1) if y0 > y1 else x1
+    return np.nan
+
+
+def result(folder, speed, goal, files):
+    """What a run reached, {column: number}, and the sha256 of the two files that make its val_loss; or None: unfinished.
+
+    goal: a val_loss of the same `files`, of which to say when the run passed it; or both None.
+    """
+    entries = checkpoint.read_log(folder / "log.jsonl")
+    evaluations = [e for e in entries if "val_loss" in e]
+    if not evaluations or evaluations[-1]["progress"] < 1:
+        return None
+    config, last = json.loads((folder / "config.json").read_text()), evaluations[-1]
+    own_files = config["tokenizer_sha256"], config["val_sha256"]
     speeds = [e["tokens_per_s"] for e in entries if "tokens_per_s" in e]
     row = {"layers": config["n_layer"], "width": config["n_embd"], "val_loss": last["val_loss"]}
+    if own_files == files:
+        row["passed at"] = passes([(e["progress"], e["val_loss"]) for e in evaluations], goal)
     row |= {"M tokens": last["tokens"] / 1e6, "epochs": [e["epoch"] for e in entries if "epoch" in e][-1]}
     row |= {"speed": speed} if speed else {"k tokens/s": np.median(speeds) / 1e3}
     if (folder / "glue.json").exists():
@@ -140,27 +157,30 @@ def result(folder, speed):
         row |= {task: entry["median"] for task, entry in scores.items()}
         if len(tasks := sorted(scores.keys() - {"wnli", "ax"})) > 1:
             row[f"mean of {', '.join(tasks)}"] = np.mean([scores[task]["median"] for task in tasks])
-    return row, (config["tokenizer_sha256"], config["val_sha256"])
+    return row, own_files
 
 
 def collect(names):
     """{name: ({seed: row} of its runs, whether their val_loss compares with that of the first one with a run)}."""
-    found, reference, path = {}, None, Path(out) / "speeds.json"
+    found, goal, files, path = {}, None, None, Path(out) / "speeds.json"
     relative = json.loads(path.read_text()) if path.exists() else {}
     for name in names:
-        folders = {path.parent.name.removeprefix(f"{name}-"): path.parent for path in Path(out).glob(f"{name}-*/model.pt")}
+        folders = {log.parent.name.removeprefix(f"{name}-"): log.parent for log in Path(out).glob(f"{name}-*/log.jsonl")}
         speed = relative.get(name, [None])[0]
-        results = {int(seed): result(folders[seed], speed) for seed in sorted(folders) if seed.isdigit()}
-        if reference is None and results:
-            reference = next(iter(results.values()))[1]
+        results = {int(seed): result(folders[seed], speed, goal, files) for seed in sorted(folders) if seed.isdigit()}
+        results = {seed: found for seed, found in results.items() if found}
         rows = {seed: row for seed, (row, _) in results.items()}
-        found[name] = rows, all(files == reference for _, files in results.values())
+        if goal is None and results:
+            goal, files = np.mean([row["val_loss"] for row in rows.values()]), next(iter(results.values()))[1]
+        found[name] = rows, all(own_files == files for _, own_files in results.values())
     return found
 
 
 def cell(values, digits):
     if not values:
         return ""
+    if np.isnan(values).any():
+        return "-"
     spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(set(values)) > 1 else ""
     return f"{np.mean(values):.{digits}f}{spread}"
 
@@ -198,7 +218,8 @@ def report(names, failed):
     Also {name: losses}.
     """
     found = collect(names)
-    columns = list(dict.fromkeys(c for rows, _ in found.values() for r in rows.values() for c in r)) or ["val_loss"]
+    every = [row for rows, _ in reversed(found.values()) for row in rows.values()]  # the first entry has not all columns
+    columns = list(dict.fromkeys(c for row in every for c in row)) or ["val_loss"]
     lines = ["| | n | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for name, (rows, comparable) in found.items():
         cells = [cell([row[c] for row in rows.values() if c in row], DIGITS.get(c, 1)) for c in columns]
@@ -206,12 +227,11 @@ def report(names, failed):
             cells[columns.index("val_loss")] = f"({cells[columns.index('val_loss')]})"
         lines.append(" | ".join([f"| {name}", f"{len(rows)}{', ' * (name in failed)}{failed.get(name, '')}", *cells]) + " |")
     if not all(comparable for _, comparable in found.values()):
-        lines += [
-            "",
-            "In brackets: another tokenizer or val.bin than the first finished row's, so these val_loss do not compare.",
-        ]
+        lines += ["", "In brackets: with another tokenizer or val.bin than the first row's; these val_loss do not compare."]
     if "speed" in columns:
         lines += ["", "Speed: tokens a second as a share of the first entry's, measured side by side before the runs."]
+    if "passed at" in columns:
+        lines += ["", "Passed at: share of its time at which val_loss was the first entry's last (mean); - not in every run."]
     lines += differences(found, columns)
     text = "\n".join(lines) + "\n"
     with replace_file(Path(out) / "table.md") as f:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from checkpoint import cut_log, load_checkpoint, torch_save
 from configurator import configure, write_json
 from cooccurrence import begin_with_counts
-from hardware import compiled, peak_flops, pick_device, pick_dtype, repeatable
+from hardware import compiled, no_memory, peak_flops, pick_device, pick_dtype, repeatable
 from model import BERT, Config, flops_per_token
 from muon import Muon, split
 from scorecard import rules_record
@@ -476,7 +476,9 @@ def main(config):
                 loss = step_model(*batch) * (micro / rows)
                 scaler.scale(loss).backward()
                 step_loss += loss.detach()
-        except torch.OutOfMemoryError:
+        except RuntimeError as e:
+            if not no_memory(e):
+                raise
             reason = out_of_memory(micro)
             if world > 1:  # the others wait for this process's gradients
                 sys.exit(f"train.py: {reason}; what was saved before is intact")
@@ -529,7 +531,9 @@ if __name__ == "__main__":
     globals().update({k: v for k, v in config.items() if k in globals()})
     try:
         main(config)
-    except torch.OutOfMemoryError:
+    except RuntimeError as e:
+        if not no_memory(e):
+            raise
         sys.exit(f"train.py: {out_of_memory(micro_batch_size)}; what was saved before is intact")
     except OSError as e:
         sys.exit(f"train.py: {e.strerror or e}: {e.filename or out_dir}; what was saved before is intact")

@@ -581,15 +581,21 @@ def test_the_diagnosis_names_the_first_module(run, tiny_data):
     assert train.first_non_finite(bert(), [batch]) == "none, only gradients"
 
 
-def test_out_of_memory_saves_and_says_what_to_set(run, tiny_data, monkeypatch):
+def cpu_allocation():
+    torch.empty(1 << 50)
+
+
+def gpu_allocation():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
+
+
+@pytest.mark.parametrize("allocation", [cpu_allocation, gpu_allocation])
+def test_out_of_memory_saves_and_says_what_to_set(run, tiny_data, monkeypatch, allocation):
     args = [*TINY, "--max_steps=12"]
     assert run("train.py", *args, "--out_dir=out/whole")[0] is None
 
-    def out_of_memory(loss, model):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
-
     with monkeypatch.context() as patch:
-        sabotage(patch, {6}, out_of_memory)
+        sabotage(patch, {6}, lambda loss, model: allocation())
         message, _ = run("train.py", *args)
     assert "out of memory; --micro_batch_size=4" in message and "saved at step 5" in message and "\n" not in message
     assert run("train.py", *args, "--micro_batch_size=4")[0] is None
