@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -49,11 +50,10 @@ def need_transformers():
 
 
 def show(title, seconds, work, unit, base=None, memory=None):
-    """One line: work per second, median [slowest, fastest], its ratio to `base`, and bytes. Returns the median."""
+    """One line: work per second, median [slowest, fastest], its ratio to `base`, and bytes."""
     rates = sorted(work / s for s in seconds)
     more = (f"   x {median(rates) / base:.2f}" if base else "") + (f"   {memory / 1e9:.2f} GB" if memory else "")
     print(f"  {title:<46} {median(rates):>11,.0f} [{rates[0]:,.0f}, {rates[-1]:,.0f}] {unit}{more}", flush=True)
-    return median(rates)
 
 
 def take_turns(candidates, repeats=REPEATS):
@@ -89,7 +89,7 @@ def our_step(keys, rows, micro, compile):
     model.dtype = pick_dtype(where, keys.get("dtype", "auto"))
     vocab, T, generator = config.vocab_size, keys.get("seq_len", SEQ_LEN), torch.Generator(where).manual_seed(0)
     opts, data = train.make_optimizers(model), np.random.default_rng(0).integers(5, vocab, (1000, T)).astype(np.uint16)
-    count = train.n_masked(T, train.mask_rate)
+    count = train.n_masked(T, max(train.mask_rate, train.mask_rate_end))  # as many logits as train.py computes
     forward = torch.compile(model, dynamic=False) if compile else model
 
     def step():
@@ -225,6 +225,10 @@ def relative_speeds(recipes):
     (first, reference), *others = recipes.items()
     speeds = {first: 1.0}
     with worker(our_step, *reference, reference[0]["compile"]) as base:
+        try:
+            base.submit(turn).result()
+        except BrokenProcessPool:
+            sys.exit(f"{first}: does not run, and the speeds of the others are shares of its own")
         for name, recipe in others:
             try:
                 with worker(our_step, *recipe, recipe[0]["compile"]) as other:
@@ -232,7 +236,8 @@ def relative_speeds(recipes):
             except BrokenProcessPool:
                 print(f"{name}: does not run", flush=True)
                 continue
-            speeds[name] = median(a / b for a, b in turns) * recipe[1] / reference[1]
+            tokens = [rows * keys["seq_len"] for keys, rows, _ in (recipe, reference)]
+            speeds[name] = median(a / b for a, b in turns) * tokens[0] / tokens[1]
             print(f"{name}: {speeds[name]:.2f} times the tokens/s of {first}", flush=True)
     return speeds
 
@@ -248,13 +253,14 @@ def bench_prepare(folder):
 
     here = Path(__file__).resolve().parent
     datasets.disable_progress_bars()
-    texts = [text for text, _ in read_documents({"files": str(folder)}, 0, "blank_line", {})]
+    texts = [text for text, _ in read_documents({"files": str(folder)}, 0, "blank_line", Counter())]
     size = sum(map(len, texts))
     with tempfile.TemporaryDirectory() as home:
         os.chdir(home)
         os.symlink(here / "config", "config")  # whose files begin with one another
         args = [sys.executable, here / "prepare.py", "config/cpu.py", f"--sources={Path(folder)}", "--max_chars=0"]
-        subprocess.run([*args, "--dataset=first"], check=True, stdout=subprocess.DEVNULL)
+        if subprocess.run([*args, "--dataset=first"], stdout=subprocess.DEVNULL).returncode:
+            sys.exit(1)
         path = Path(home, "data", "first", "tokenizer.json")
         tokenizer, runs = Tokenizer.from_file(str(path)), iter(range(100))
 
@@ -342,7 +348,7 @@ def bench_finetune():
 
 
 def bench_score(run, glue, name):
-    """The exported model in a plain loop of transformers: shuffled, padded to 128, fp32; settings as in RUN/glue.json."""
+    """The exported model in a plain loop of transformers: shuffled, padded to glue_max_len, fp32; settings as in glue.json."""
     transformers, where = need_transformers(), pick_device("auto")
     card = json.loads(Path(run, "glue.json").read_text())["rows"] if Path(run, "glue.json").exists() else {}
     ours = card.get("run", {}).get(name)
@@ -363,12 +369,14 @@ def bench_score(run, glue, name):
         export(Path(run), folder)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
         more = {"trust_remote_code": True, "num_labels": len(task.labels) or 1}
-        if json.loads((folder / "config.json").read_text())["model_type"] == "nanocram":
+        config = json.loads((folder / "config.json").read_text())
+        if config["model_type"] == "nanocram":
             more |= {"pooling": setting["pooling"], "classifier_dropout": setting["dropout"]}
+            more |= {"architecture": config["architecture"] | {"dropout": setting["dropout"]}}
 
         def inputs(examples):
             first, second = [e[0] for e in examples], [e[1] or "" for e in examples]
-            common = {"padding": "max_length", "truncation": True, "max_length": SEQ_LEN, "return_tensors": "pt"}
+            common = {"padding": "max_length", "truncation": True, "max_length": setting["max_len"], "return_tensors": "pt"}
             return tokenizer(first, second, **common).to(where)
 
         for seed in range(len(ours["scores"])):

@@ -44,9 +44,21 @@ def read_log(path):
     return entries
 
 
+def add_shares(entries, config):
+    """Gives each entry of a log its `share`, of the run's time.
+
+    That is progress, but with max_steps progress is a share of the steps, and those of a growing batch take longer and longer:
+    then it is the share of the tokens, once all are seen.
+    """
+    last = entries[-1]
+    by_tokens = config.get("max_steps") and last.get("progress") == 1
+    for e in entries:
+        e["share"] = e["tokens"] / last["tokens"] if by_tokens and "tokens" in e else e.get("progress")
+
+
 def cut_log(path, step):
     """Drops the log lines after `step`, and a torn one. Returns the time of the latest one before that, in seconds."""
-    entries = read_log(path) if path.exists() else []
+    entries = read_log(path)
     hours = max((entry["hours"] for entry in entries), default=0.0)
     kept = [entry for entry in entries if entry["step"] <= step]
     kept.append({"step": step, "hours": hours, "resumed": True})  # for the next kill

@@ -69,11 +69,14 @@ def to_hf(state, n_layer):
     return out
 
 
+def stop(message):
+    sys.exit(f"{Path(sys.argv[0]).name}: {message}")  # other scripts load models, too
+
+
 def load_run(run):
     """(Config, weights, tokenizer) of a finished run. SystemExit, one line, where there is none or it is damaged."""
-    script = Path(sys.argv[0]).name
     if not (run / "model.pt").exists():
-        sys.exit(f"{script}: {run / 'model.pt'} does not exist; run train.py first, or name the folder of a finished run")
+        stop(f"{run / 'model.pt'} does not exist; run train.py first, or name the folder of a finished run")
     try:
         saved = torch.load(run / "model.pt", map_location="cpu", weights_only=True)  # can run no code
         config, weights = Config(**saved["config"]), saved["model"]
@@ -81,7 +84,7 @@ def load_run(run):
             weights["type_embedding.weight"][1:] = weights["type_embedding.weight"][0]
         return config, weights, Tokenizer.from_file(str(run / "tokenizer.json"))
     except Exception as e:
-        sys.exit(f"{script}: model.pt or tokenizer.json in {run} cannot be read (damaged, of another version?): {one_line(e)}")
+        stop(f"model.pt or tokenizer.json in {run} cannot be read (damaged, of another version?): {one_line(e)}")
 
 
 def load_bert(source):
@@ -95,19 +98,20 @@ def load_bert(source):
         try:
             from huggingface_hub import snapshot_download
 
-            files = ["config.json", "tokenizer.json", "vocab.txt", "model.safetensors", "pytorch_model.bin"]
+            files = ["config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt"]
+            files += ["model.safetensors", "pytorch_model.bin"]
             folder = Path(snapshot_download(source, allow_patterns=files))
         except Exception as e:
-            sys.exit(f"export_hf.py: {source!r} is no folder, and the hub gives {one_line(e)}")
+            stop(f"{source!r} is no folder, and the hub gives {one_line(e)}")
     try:
         c = json.loads((folder / "config.json").read_text())
         kinds = c["model_type"], c.get("hidden_act", "gelu"), c.get("position_embedding_type", "absolute")
         if kinds != ("bert", "gelu", "absolute"):
-            sys.exit(f"export_hf.py: {folder} is a {', '.join(kinds)}; only a bert, gelu, absolute can be loaded")
+            stop(f"{folder} is a {', '.join(kinds)}; only a bert, gelu, absolute can be loaded")
         state = load_weights(folder)
         weights, tokenizer = from_hf(state, c["num_hidden_layers"]), load_tokenizer(folder)
     except Exception as e:  # safetensors and tokenizers raise nothing more special
-        sys.exit(f"export_hf.py: {folder} is no complete BERT: {one_line(e)}")
+        stop(f"{folder} is no complete BERT: {one_line(e)}")
     config = Config(
         vocab_size=c["vocab_size"], n_layer=c["num_hidden_layers"], n_head=c["num_attention_heads"], n_embd=c["hidden_size"],
         n_inner=c["intermediate_size"], max_len=c["max_position_embeddings"], norm_eps=c.get("layer_norm_eps", 1e-12),
@@ -123,7 +127,7 @@ def load_weights(folder):
         try:
             from safetensors.torch import load_file
         except ImportError:
-            sys.exit(f"export_hf.py: {folder / 'model.safetensors'} needs `pip install safetensors`")
+            stop(f"{folder / 'model.safetensors'} needs `pip install safetensors`")
         return load_file(folder / "model.safetensors")
     return torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
 
@@ -135,7 +139,7 @@ def load_tokenizer(folder):
         tokenizer.no_truncation()
         return tokenizer
     if not (folder / "vocab.txt").exists():
-        sys.exit(f"export_hf.py: {folder} has neither tokenizer.json nor vocab.txt")
+        stop(f"{folder} has neither tokenizer.json nor vocab.txt")
     from tokenizers.implementations import BertWordPieceTokenizer
 
     settings = folder / "tokenizer_config.json"
@@ -216,7 +220,7 @@ def model_card(run, what):
 def export(run, to, task=None):
     """Writes the folder `to`. SystemExit, one line, on mistakes."""
     try:
-        from safetensors.torch import save_file
+        from safetensors import SafetensorError
     except ImportError:
         sys.exit("export_hf.py: needs `pip install safetensors`")
     run, to = Path(run), Path(to).expanduser()
@@ -234,13 +238,29 @@ def export(run, to, task=None):
         except Exception as e:
             sys.exit(f"export_hf.py: {source} cannot be read: {one_line(e)}")
     else:
-        config, weights, tokenizer = load_run(run)
-    special = {}
-    for name in ("pad", "unk", "cls", "sep", "mask"):
-        special[f"{name}_token"] = special_token(tokenizer, name)
+        saved, (config, weights, tokenizer) = None, load_run(run)
     aside = to.with_name(to.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
+    try:
+        kind = write_folder(aside, run, task, config, weights, tokenizer, saved)
+        if to.exists():
+            to.rmdir()
+        aside.rename(to)
+    except SafetensorError as e:
+        sys.exit(f"export_hf.py: {to} could not be written: {one_line(e)}")
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    print(f"{to} is ready: {kind}")
+
+
+def write_folder(folder, run, task, config, weights, tokenizer, saved):
+    """Fills the folder with a run's model, or with what finetune_glue.py saved of a task. Returns the model's class."""
+    from safetensors.torch import save_file
+
+    special = {}
+    for name in ("pad", "unk", "cls", "sep", "mask"):
+        special[f"{name}_token"] = special_token(tokenizer, name)
     if is_bert(config) and not task:
         hf, weights = bert_config(config), to_hf(weights, config.n_layer)
     else:
@@ -261,22 +281,19 @@ def export(run, to, task=None):
                 tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=pairs)
         kind = "NanocramForSequenceClassification" if task else "NanocramForMaskedLM"
         hf = own_config(config if task else replace(config, dropout=0.1), kind, **more)  # for who fine-tunes it, as BERT's
-        (aside / "modeling_nanocram.py").write_text(modelling_file())
+        (folder / "modeling_nanocram.py").write_text(modelling_file())
     hf |= {"dtype": "float32", "pad_token_id": tokenizer.token_to_id(special["pad_token"])}
-    save_file({k: v.contiguous() for k, v in weights.items()}, aside / "model.safetensors", {"format": "pt"})
-    (aside / "config.json").write_text(json.dumps(hf, indent=1) + "\n")
+    save_file({k: v.contiguous() for k, v in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(hf, indent=1) + "\n")
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.max_len, **special}
     names = ["input_ids", *["token_type_ids"] * (config.token_types > 0), "attention_mask"]
-    (aside / "tokenizer_config.json").write_text(json.dumps(settings | {"model_input_names": names}, indent=1) + "\n")
-    tokenizer.save(str(aside / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"model_input_names": names}, indent=1) + "\n")
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True))
     init = saved.get("init", "run") if task else "run"
     start = {"run": "pretrained from scratch", "scratch": "without pretraining,"}.get(init, f"started from {init},")
     card = model_card(run, f"{f'A classifier for {task}' if task else 'A masked language model'}, {start} with nanoCram.")
-    (aside / "README.md").write_text(card)
-    if to.exists():
-        to.rmdir()
-    aside.rename(to)
-    print(f"{to} is ready: {hf['architectures'][0]}")
+    (folder / "README.md").write_text(card)
+    return hf["architectures"][0]
 
 
 if __name__ == "__main__":

@@ -272,6 +272,7 @@ if __name__ == "__main__":
             raise
         sys.exit("finetune_glue.py: out of memory; lower glue_batch_size or glue_max_len")
     except OSError as e:
-        sys.exit(f"finetune_glue.py: {e.strerror or e}: {e.filename}; finished seeds are saved, the same command continues")
+        where = e.filename or out_dir
+        sys.exit(f"finetune_glue.py: {e.strerror or e}: {where}; finished seeds are saved, the same command continues")
     except KeyboardInterrupt:
         sys.exit("finetune_glue.py: interrupted; finished seeds are saved, the same command continues")

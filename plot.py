@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import linregress
 
-from checkpoint import completed, read_log
+from checkpoint import add_shares, completed, read_log
 from scorecard import DOCS, NINE, PUBLISHED
 
 try:
@@ -38,7 +38,7 @@ PANELS = {
 X = {
     "clock": ("hours of wall clock", "hours", 1),
     "tokens": ("million tokens seen", "tokens", 1e-6),
-    "progress": ("share of the budget", "progress", 1),
+    "progress": ("share of the time", "share", 1),
 }
 
 
@@ -49,6 +49,8 @@ def log_of(run):
     entries = read_log(path)
     if not entries:
         sys.exit(f"plot.py: {path} is empty: the run has only begun")
+    config = path.with_name("config.json")
+    add_shares(entries, json.loads(config.read_text()) if config.exists() else {})
     return entries
 
 

@@ -135,9 +135,13 @@ def expected_bytes():
     return min(size, max_chars) if max_chars and len(files) == len(sources) else max_chars or size
 
 
+def with_docs():
+    return any(entry.get("files") == "docs" for entry in check_sources(sources))
+
+
 def spool(path, counts):
     """Reads all sources into `path`. Returns the held-out [(hash, text, label)], sorted."""
-    held = HeldOut(val_rows * seq_len * CHARS_PER_TOKEN + (TASK_CHARS if "docs" in sources else 0))
+    held = HeldOut(val_rows * seq_len * CHARS_PER_TOKEN + (TASK_CHARS if with_docs() else 0))
     bar = tqdm(desc="reading", total=expected_bytes() or None, unit=" chars", unit_scale=True, disable=None)
     with open(path, "wb") as f, bar:
         for text, label in documents(counts):
@@ -165,7 +169,8 @@ def spool(path, counts):
             if max_chars and counts["characters"] >= max_chars:
                 break
     if not held.heap:
-        sys.exit(f"prepare.py: the sources {sources} hold no text")
+        why = "".join(f"; {what}: {n:,}" for what, n in counts.items())
+        sys.exit(f"prepare.py: the sources {sources} hold no text{why}")
     if counts["characters"] < 5 * held.weight:
         sys.exit(
             f"prepare.py: the corpus has {counts['characters']:,} characters in {counts['documents']:,} documents, too few to "
@@ -254,7 +259,7 @@ def require_size(size):
     if size != vocab_size:
         sys.exit(
             f"prepare.py: the corpus is too small for vocab_size = {vocab_size}: it gives {size} entries; "
-            f"set vocab_size to {size} or less, or add text"
+            f"set vocab_size to {size} or less, or add text" + "; ascii_only=True drops all other scripts" * ascii_only
         )
 
 
@@ -494,12 +499,12 @@ def tokenize(work, counts):
             f"prepare.py: the held-out documents fill {n_rows} of {val_rows} val_rows; does the normaliser suit the text?"
         )
     os.truncate(work / "val.bin", val_rows * seq_len * 2)
-    if "docs" in sources:
+    if with_docs():
         write_tasks([(text, label) for _, text, label in held[n_val:] if label], work / "tasks", seed)
     else:
         cutoff, total = held[n_val - 1][0], counts["characters"] - sum(map(len, texts[:n_val]))  # the others train
     # of other sources beside "docs", what validation does not need trains
-    back = [text for _, text, label in held[n_val:] if not label and "docs" in sources]
+    back = [text for _, text, label in held[n_val:] if not label and with_docs()]
     texts = itertools.chain(read_spool(work / "spool", cutoff), back)
     return tokenizer, ids, *pack(work / "unordered", tokenizer, texts, ids, counts, filter_ratio, total)
 

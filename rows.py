@@ -133,7 +133,8 @@ def order_table(rows, order, tokenizer, sep):
     """(vocab_size,) float: summed over a row's tokens it is the row's sort key, smallest first. None for a shuffle."""
     size = n_ids(tokenizer)
     if order == "sentence_length":  # most full stops first: many short sentences [repo]
-        return -(np.arange(size) == tokenizer.token_to_id(".")).astype(float)
+        stops = [tokenizer.token_to_id(token) for token in (".", "▁.")]  # alone; with the space, as BPE has it
+        return -np.isin(np.arange(size), [i for i in stops if i is not None]).astype(float)
     if order == "fragment":  # most ends of documents first
         return -(np.arange(size) == sep).astype(float)
     if order == "word_length":  # fewest decoded characters first

@@ -1,6 +1,7 @@
 """Documents of any source: files, folders and globs of txt, jsonl, csv, parquet (.gz, .zst), data sets on the hub, "docs".
 
-Local txt, jsonl and csv are read by the few lines here, since a bad row must not stop a run; all else goes through `datasets`.
+Local txt, jsonl and csv are read by the few lines here, since a bad row must not stop a run, and parquet by pyarrow; the hub
+goes through `datasets`.
 """
 
 import csv
@@ -57,12 +58,13 @@ def read_documents(entry, seed, txt_document, counts):
         return
     name, column, where = entry.get("files", entry.get("path")), entry.get("column", "text"), entry.get("where", {})
     hub = {k: v for k, v in entry.items() if k not in ("column", "weight", "where")}
-    found, without = False, []
+    found, first, missing = False, None, 0
+    one = "path" in entry or os.path.isfile(os.path.expanduser(name))  # of many files some may hold something else
     for row in local_rows(name, seed, txt_document, counts) if "files" in entry else hub_rows(hub, seed):
         if not isinstance(row, dict) or column not in row:
             counts["rows without text"] += 1
-            without += [row] * (isinstance(row, dict) and not found)
-            if len(without) == 1000:
+            first, missing = first or (isinstance(row, dict) and row), missing + 1
+            if one and missing == 1000 and not found:
                 break
             continue
         found = True
@@ -70,8 +72,8 @@ def read_documents(entry, seed, txt_document, counts):
             yield row[column], ""
         else:
             counts["rows that `where` leaves out"] += 1
-    if without and not found:
-        sys.exit(f"prepare.py: {name} has no column {column!r}; its columns: {', '.join(map(str, without[0]))}")
+    if first and not found:
+        sys.exit(f"prepare.py: {name} has no column {column!r}; its columns: {', '.join(map(str, first))}")
 
 
 def nested(row, name):

@@ -41,7 +41,8 @@ table = False  # only make the table of what is there
 OWN = {"seeds": (seeds, "[1, inf)"), "out": (out, ""), "tokens": (tokens, "[0, inf)"), "table": (table, "")}
 ABOUT = {"layers", "width", "passed at", "M tokens", "epochs", "speed", "k tokens/s"}  # columns without a difference
 DIGITS = {"layers": 0, "width": 0, "val_loss": 3, "passed at": 2, "epochs": 2, "speed": 2}  # of the table's columns, else 1
-WORK = ["seq_len", "mask_rate", "mask_80_10_10", "optimizer", "dtype", "device", "compile"]  # what else a step's time is of
+# what else a step's time is of
+WORK = ["seq_len", "mask_rate", "mask_rate_end", "mask_80_10_10", "optimizer", "dtype", "device", "compile"]
 
 
 def words_of(name, extra):
@@ -145,11 +146,12 @@ def result(folder, speed, goal, files):
     if not evaluations or evaluations[-1]["progress"] < 1:
         return None
     config, last = json.loads((folder / "config.json").read_text()), evaluations[-1]
+    checkpoint.add_shares(entries, config)
     own_files = config["tokenizer_sha256"], config["val_sha256"]
     speeds = [e["tokens_per_s"] for e in entries if "tokens_per_s" in e]
     row = {"layers": config["n_layer"], "width": config["n_embd"], "val_loss": last["val_loss"]}
     if own_files == files:
-        row["passed at"] = passes([(e["progress"], e["val_loss"]) for e in evaluations], goal)
+        row["passed at"] = passes([(e["share"], e["val_loss"]) for e in evaluations], goal)
     row |= {"M tokens": last["tokens"] / 1e6, "epochs": [e["epoch"] for e in entries if "epoch" in e][-1]}
     row |= {"speed": speed} if speed else {"k tokens/s": np.median(speeds) / 1e3}
     if (folder / "glue.json").exists():
@@ -166,7 +168,7 @@ def collect(names):
     relative = json.loads(path.read_text()) if path.exists() else {}
     for name in names:
         folders = {log.parent.name.removeprefix(f"{name}-"): log.parent for log in Path(out).glob(f"{name}-*/log.jsonl")}
-        speed = relative.get(name, [None])[0]
+        speed = relative[name][0] / relative[names[0]][0] if {name, names[0]} <= relative.keys() else None
         results = {int(seed): result(folders[seed], speed, goal, files) for seed in sorted(folders) if seed.isdigit()}
         results = {seed: found for seed, found in results.items() if found}
         rows = {seed: row for seed, (row, _) in results.items()}
@@ -240,7 +242,8 @@ def report(names, failed):
 
 
 def main(names, extra):
-    configs = {name: configure("sweep.py", words_of(name, extra)) for name in names}  # ends here if a word is wrong
+    # ends here if a word is wrong; a table can be of runs whose recipe is gone
+    configs = {} if table else {name: configure("sweep.py", words_of(name, extra)) for name in names}
     if len({(config["budget_hours"], config["max_steps"]) for config in configs.values()}) > 1:
         sys.exit("sweep.py: these recipes have different budgets; --budget_hours=H gives them the same")
     for i, (name, config) in enumerate(configs.items()):

@@ -534,6 +534,7 @@ if __name__ == "__main__":
     except RuntimeError as e:
         if not no_memory(e):
             raise
-        sys.exit(f"train.py: {out_of_memory(micro_batch_size)}; what was saved before is intact")
+        what = "the model for this device, or count_tokens for this machine"
+        sys.exit(f"train.py: out of memory before or after a step: {what} is too large; what was saved before is intact")
     except OSError as e:
         sys.exit(f"train.py: {e.strerror or e}: {e.filename or out_dir}; what was saved before is intact")

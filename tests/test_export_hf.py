@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import ROOT, TINY
 from safetensors.torch import load_file
 from test_finetune_glue import SMALL, glue  # noqa: F401
 from tokenizers import Tokenizer
@@ -217,6 +217,12 @@ def test_what_transformers_loads_gives_our_logits(run, tiny_data, home, tmp_path
     assert "Validation loss" in card and "Rules of cramming" in card
     message, _ = run("export_hf.py", "out/tiny", "--to=exported")
     assert "exists and is not empty" in message
+    script = f"ulimit -f 8; exec {sys.executable} {ROOT / 'export_hf.py'} out/tiny --to=cut"  # as a full disk
+    process = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    reason = "File too large: cut" if trust else "cut could not be written"  # of our own file, and of safetensors'
+    assert process.returncode == 1 and process.stderr.startswith(f"export_hf.py: {reason}"), process.stderr
+    assert process.stderr.count("\n") == 1
+    assert not list(Path(".").glob("cut*"))
 
 
 CHECK_CLASSIFIER = """

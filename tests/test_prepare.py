@@ -236,6 +236,9 @@ def test_other_kinds_of_vocabularies(run, home, kind):
     process = start("prepare.py", *args, "--dataset=b", cwd=home)
     process.communicate()
     assert bins("b")[2]["sha256"] == meta["sha256"]
+    assert run("prepare.py", *args, "--dataset=c", "--order=sentence_length")[0] is None
+    stops = [tokenizer.decode(row.tolist()).count(".") for row in bins("c")[0]]  # BPE has them with the space before them
+    assert stops == sorted(stops, reverse=True) and stops[0] > stops[-1]
 
 
 def test_insert_cls(run):
@@ -270,6 +273,12 @@ def test_all_local_kinds_of_files(run):
     assert bins()[2]["counts"]["documents"] == len(parts[0]) + 2 * sum(map(len, parts[1:4]))
     assert run("prepare.py", *TINY, "--dataset=b", "--sources=corpus/**/*.jsonl*")[0] is None
     assert bins("b")[2]["counts"]["documents"] == 2 * len(parts[1])
+    (folder / "other.csv").write_text("id,title\n" + "1,bal\n" * 1200)  # no texts, and read first
+    seed = next(s for s in range(1000) if sources.local_files("corpus", s)[0].endswith("other.csv"))
+    message, _ = run("prepare.py", *TINY, "--dataset=c", "--sources=corpus", f"--seed={seed}")
+    assert message is None, message
+    counts = bins("c")[2]["counts"]
+    assert counts["rows without text"] == 1200 and counts["documents"] == bins()[2]["counts"]["documents"]
 
 
 @pytest.mark.parametrize("kind, documents", [("blank_line", 400), ("line", 2000), ("file", 4)])
@@ -552,7 +561,10 @@ def test_a_given_tokenizer_and_its_special_tokens(run):
     "args, expected",
     [
         (["--vocab_size=5000"], "too small for vocab_size = 5000"),
+        (["--sources=cyrillic.txt"], "or add text; ascii_only=True drops all other scripts"),
         (["--sources=empty.txt"], "hold no text"),
+        (["--sources=array.json"], "hold no text; rows without text: 1"),
+        (["--sources=[{'files': 'text.jsonl', 'where': {'a.b': ['x']}}]"], "no text; rows that `where` leaves out: 1"),
         (["--sources=[1]"], "the source 1 is neither"),
         (["--sources=[{'files': ['a']}]"], "is neither a path nor a dict"),
         (["--sources=[{'files': 'text.txt', 'wieght': 3}]"], "has no 'wieght'"),
@@ -581,6 +593,9 @@ def test_mistakes_end_in_one_line_and_leave_nothing(run, args, expected):
     Path("columns.csv").write_text("a,b\n1,2,3\n")
     Path("odd.xml").write_text("<a/>")
     Path("empty.txt").write_text("\n\n \n")
+    Path("cyrillic.txt").write_text("\n\n".join("бал дем. " * (i + 1) for i in range(400)))
+    Path("array.json").write_text('[{"text": "bal"}]')
+    Path("text.jsonl").write_text('{"text": "bal"}\n')
     message, _ = run("prepare.py", *TINY, *args)
     assert expected in str(message) and "\n" not in message
     assert not list(Path(".").glob("data/*"))
@@ -669,3 +684,7 @@ def test_docs_source_makes_tasks_from_held_out_files(run, monkeypatch):
     assert len(hits) > 100 and np.mean(hits) < 0.1  # set phrases of licences apart
     labels = {line.split("\t")[1] for line in Path("data/tiny/tasks/docs_package/train.tsv").read_text().splitlines()[1:]}
     assert labels == set(found)
+    weighted = "--sources=[{'files': 'docs', 'weight': 2}]"
+    assert run("prepare.py", *TINY, weighted, "--vocab_size=2000", "--dataset=weighted")[0] is None
+    one, other = (sorted(p.read_bytes() for p in Path("data", name, "tasks").glob("*/*")) for name in ("tiny", "weighted"))
+    assert one == other and len(one) == 4

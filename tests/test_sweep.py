@@ -11,6 +11,7 @@ from conftest import TINY, start
 from scipy.stats import linregress, ttest_rel
 
 import bench
+import checkpoint
 import plot
 import sweep
 from configurator import configure, run_file
@@ -189,6 +190,8 @@ def test_scores_are_compared_in_pairs_of_seeds(home, monkeypatch):
             row = {"cola": {"median": score}} | ({} if name == "b" and i == 2 else {"rte": {"median": score + 2}})
             (folder / "glue.json").write_text(json.dumps({"rows": {"run": row}}))
     shutil.copytree("out/s/c-1337", "out/s/c-1340")  # still on its way: not in the table
+    speeds = {"other": [1.0, "x"], "a": [2.0, "y"], "d": [3.0, "z"]}  # another entry was the first one then
+    Path("out/s/speeds.json").write_text(json.dumps(speeds))
     log = Path("out/s/c-1340/log.jsonl")
     log.write_text(log.read_text().replace("1.0}", "0.5}") + '{"step": 7, "tok')
     text, _ = sweep.report(["a", "b", "c", "d"], {})
@@ -200,7 +203,43 @@ def test_scores_are_compared_in_pairs_of_seeds(home, monkeypatch):
     # where the lines from c's evaluations at a half to its last ones are at a's mean, 4.05
     assert "| c | 3 | 2 | 32 | 3.850 ± 0.050 | 0.90 ± 0.0" in text and "| d | 3 | 2 | 32 | 4.050 ± 0.050 | - |" in text
     assert "| b | 3 | 2 | 32 | (4.050 ± 0.050) |  |" in text
+    assert [line.rsplit(" | ", 5)[1] for line in text.splitlines()[2:6:3]] == ["1.00", "1.50"]  # a and d
     assert c.startswith("| c | 3 | -0.200 [-0.200, -0.200] | +0.0 [") and "| 56.3 ± 5.5 |" in text.split("Against")[0]
+
+
+def test_the_share_of_the_time_is_that_of_the_tokens_where_steps_are_counted():
+    """A batch that grows: half of the steps are a quarter of the tokens."""
+    entries = [{"hours": 1.0, "resumed": True}, {"progress": 0.5, "tokens": 25}, {"progress": 1.0, "tokens": 100}]
+    for changes, expected in (({"max_steps": 10}, [None, 0.25, 1.0]), ({"max_steps": 0}, [None, 0.5, 1.0])):
+        checkpoint.add_shares(entries, changes)
+        assert [e["share"] for e in entries] == expected
+    checkpoint.add_shares(entries[:2], {"max_steps": 10})  # still on its way
+    assert entries[1]["share"] == 0.5
+
+
+def test_speeds_are_of_tokens(monkeypatch):
+    """Rows twice as long that take twice as long are as fast; if the first entry does not run, it is the one named."""
+
+    class Worker:
+        def __init__(self, make, keys, rows, micro, compile):
+            self.seconds, self.result = keys["seq_len"] / 128, lambda: [self.seconds]
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def submit(self, turn):
+            if self.seconds > 4:
+                raise bench.BrokenProcessPool
+            return self
+
+    monkeypatch.setattr(bench, "worker", Worker)
+    recipes = {name: ({"seq_len": n, "compile": False}, 8, 8) for name, n in (("a", 128), ("b", 256), ("c", 1024))}
+    assert bench.relative_speeds(recipes) == {"a": 1.0, "b": 1.0}
+    with pytest.raises(SystemExit, match="c: does not run"):
+        bench.relative_speeds(dict(reversed(recipes.items())))
 
 
 def test_what_stops_a_sweep_lets_its_run_save_and_the_same_command_continues(run, home):

@@ -449,6 +449,10 @@ def test_a_broken_compiler_is_a_warning(run, tiny_data, monkeypatch):
     message, output = run("train.py", *TINY, "--max_steps=3", "--compile=True", "--out_dir=out/wrong")
     assert message is None and "torch.compile changes a gradient by" in output
 
+    Wrong.forward = lambda self, *batch: self.model(*batch) * math.nan  # which dropout does not explain
+    message, output = run("train.py", *TINY, "--max_steps=3", "--compile=True", "--dropout=0.1", "--out_dir=out/nan")
+    assert message is None and "torch.compile changes a gradient by" in output
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Mistakes and faults
