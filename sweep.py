@@ -10,7 +10,7 @@ changes. The same command continues a sweep that was stopped, and skips what is 
 
 Runs by the clock are only fair on a machine that has nothing else to do. With --tokens=N the first entry sees N tokens, and
 each other one as many as it would in the same time: its speed is measured first, in turns with that of the first entry (which
-leaves out the seconds of count_tokens).
+leaves out the seconds of count_tokens). Schedules are then functions of the share of the steps.
 
 out/sweep/<name>-<seed>/ are runs like any other; out/sweep/table.md and sweep.png are what came out. With two seeds or more
 the table ends with how far each entry is from the first one, seed by seed, and the 95 % interval of that. For --table=True

@@ -111,8 +111,9 @@ def test_seeds_of_one_recipe_become_a_mean_and_a_range(home):
     for i, config in enumerate(settings):
         Path(f"run{i}").mkdir()
         if config:
-            Path(f"run{i}/config.json").write_text(json.dumps(config | {"out_dir": f"run{i}"}))
-        entries = [{"progress": p, "tokens": 1, "hours": 1, "val_loss": loss} for p, loss in ((0.5, 5 + i), (1.0, 4 + i))]
+            Path(f"run{i}/config.json").write_text(json.dumps(config | {"out_dir": f"run{i}", "max_steps": 8}))
+        found = (0.5, 25, 5 + i), (1.0, 100, 4 + i)  # half of the steps of a growing batch are a quarter of the tokens
+        entries = [{"progress": p, "tokens": tokens, "hours": 1, "val_loss": loss} for p, tokens, loss in found]
         lines = [{"progress": 0.1, "tokens": 1, "hours": 1, "loss": 7.0}, *entries]
         Path(f"run{i}/log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in lines))
     runs = [f"run{i}" for i in range(5)]
@@ -121,7 +122,7 @@ def test_seeds_of_one_recipe_become_a_mean_and_a_range(home):
     losses, validation, *_ = plot.plt.gcf().axes
     assert [text.get_text() for text in losses.get_legend().get_texts()] == ["run0, 2 seeds", "run1"]
     (band,) = validation.collections
-    assert band.get_datalim(validation.transData).extents.tolist() == [0.5, 4, 1, 7]
+    assert band.get_datalim(validation.transData).extents.tolist() == [0.25, 4, 1, 7]
     mean, *points = validation.lines
-    assert mean.get_xydata().tolist() == [[0.5, 6], [1, 5]] and points[1].get_xydata().tolist() == [[0.5, 7], [1, 6]]
-    assert validation.get_xlabel() == "share of the budget"
+    assert mean.get_xydata().tolist() == [[0.25, 6], [1, 5]] and points[1].get_xydata().tolist() == [[0.25, 7], [1, 6]]
+    assert validation.get_xlabel() == "share of the time"
