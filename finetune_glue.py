@@ -199,9 +199,13 @@ def main(config):
     free = ("glue_dir", "glue_init", "glue_seeds", "glue_submit", "glue_save")  # they change no score
     settings = {k: v for k, v in own.items() if k.startswith("glue_") and k not in free}
     settings["dtype"] = str(pick_dtype(where, dtype))[6:]
-    card = json.loads((out / "glue.json").read_text()) if (out / "glue.json").exists() else {"rows": {}}
-    card |= {"settings": own, "versions": {"python": platform.python_version(), "torch": str(torch.__version__)}}
-    row, jobs = card["rows"].setdefault(glue_init, {}), []
+    made_by = {"settings": own, "versions": {"python": platform.python_version(), "torch": str(torch.__version__)}}
+
+    def load_card():
+        card = json.loads((out / "glue.json").read_text()) if (out / "glue.json").exists() else {"rows": {}}
+        return card | made_by, card["rows"].setdefault(glue_init, {})
+
+    (card, row), jobs = load_card(), []
     # predictions and classifiers of each start
     kept = out if glue_init == "run" else out / glue_init.strip("./").replace("/", "-")
     names = [task.get("name") if isinstance(task, dict) else task for task in tasks]
@@ -245,6 +249,7 @@ def main(config):
                     parts = {"config": vars(model_config), "model": model.state_dict(), "labels": task.labels}
                     parts |= {"pooling": glue_pooling, "pair": task.train[0][1] is not None, "init": glue_init}
                     torch_save(files["classifier"], parts | {"tokenizer": tokenizer.to_str()})
+            card, row = load_card()  # to which another process may have added a task since
             for name, (_, dev_labels, metric) in dev.items():
                 old = row[name] if seed or same else {}
                 new = {"epochs": epochs[name], "seconds": seconds} | ({ALSO[metric]: also[name]} if metric in ALSO else {})
@@ -256,6 +261,7 @@ def main(config):
                 tqdm.write(f"{glue_init}: {name}, seed {seed}: {metric} {scores[seed]:.1f}, {seconds:.0f} s")
             sys.stdout.flush()
             write_card(out, card)
+    card, _ = load_card()
     write_card(out, card)
     if (kept / "submission").exists() and glue_submit:
         zip_predictions(kept)

@@ -14,6 +14,7 @@ from scipy.stats import pearsonr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 import finetune_glue as G
+import scorecard
 from glue import GLUE, YES_NO, accuracy, f1, load_task, matthews, pearson, spearman
 from scorecard import NINE
 
@@ -176,6 +177,24 @@ def test_a_second_call_adds_and_repeats_nothing(run, glue, model):
     card = json.loads(Path("out/tiny/glue.json").read_text())
     assert len(card["rows"]["run"]["rte"]["scores"]) == 1  # other settings, other scores
     assert "more than 5 epochs" in card["rules"] and "glue_epochs differ" in card["rules"] and "broken" in output
+
+
+def test_two_calls_at_once_keep_each_others_tasks(run, glue, model, monkeypatch):
+    """Behind the first card that is written, another process writes a task of its own."""
+    write_card, joined = scorecard.write_card, []
+
+    def write_and_be_joined(out, card):
+        write_card(out, card)
+        if not joined:
+            joined.append(json.loads((out / "glue.json").read_text()))
+            row = joined[0]["rows"]["run"]
+            row["theirs"] = row["cola"]
+            (out / "glue.json").write_text(json.dumps(joined[0]))
+
+    monkeypatch.setattr(scorecard, "write_card", write_and_be_joined)
+    assert run("finetune_glue.py", *TINY, *SMALL, "--tasks=cola,rte", "--glue_seeds=1")[0] is None
+    row = json.loads(Path("out/tiny/glue.json").read_text())["rows"]["run"]
+    assert row.keys() == {"cola", "rte", "theirs"} and row["theirs"] == row["cola"]
 
 
 def test_same_seed_same_score_and_pretrained_differs_from_scratch(run, glue, model):
