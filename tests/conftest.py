@@ -54,10 +54,12 @@ def sentences(n_documents, seed=0):
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     """An empty folder to work in, with the repository's config files and a small text."""
+    keys = dict(vars(train))  # which bench.py and sweep.py set
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config").symlink_to(ROOT / "config")
     (tmp_path / "text.txt").write_text("\n\n".join(sentences(400)))
-    return tmp_path
+    yield tmp_path
+    vars(train).update(keys)
 
 
 @pytest.fixture
@@ -68,7 +70,6 @@ def run(home, monkeypatch, capsys):
 
     def go(script, *args):
         handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-        keys = dict(vars(train))  # which bench.py and sweep.py set
         monkeypatch.setattr(sys, "argv", [script, *args])
         capsys.readouterr()
         message = None
@@ -79,7 +80,6 @@ def run(home, monkeypatch, capsys):
         finally:
             for s, handler in handlers.items():
                 signal.signal(s, handler)
-            vars(train).update(keys)
         captured = capsys.readouterr()
         return message, captured.out + captured.err
 
