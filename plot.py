@@ -111,7 +111,7 @@ def draw_curves(runs, x, file):
         if key in ("tokens_per_s", "batch_size", "lr"):
             ax.set_ylim(bottom=0)
     axes[1, 2].set_yscale("log")
-    axes[0, 0].legend(frameon=False)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     if not comparable(runs):
         axes[0, 1].set_title("validation loss: NOT comparable, other tokenizer or val.bin", color="#D55E00")
         print("plot.py: warning: the runs differ in tokenizer or val.bin, so their losses measure different things")

@@ -119,8 +119,9 @@ def test_seeds_of_one_recipe_become_a_mean_and_a_range(home):
     runs = [f"run{i}" for i in range(5)]
     assert plot.recipes(runs) == [["run0", "run2"], ["run1"], ["run3"], ["run4"]]
     plot.draw_curves(runs[:3], "progress", "seeds.png")
-    losses, validation, *_ = plot.plt.gcf().axes
-    assert [text.get_text() for text in losses.get_legend().get_texts()] == ["run0, 2 seeds", "run1"]
+    _, validation, *_ = plot.plt.gcf().axes
+    (legend,) = plot.plt.gcf().legends
+    assert [text.get_text() for text in legend.get_texts()] == ["run0, 2 seeds", "run1"]
     (band,) = validation.collections
     assert band.get_datalim(validation.transData).extents.tolist() == [0.25, 4, 1, 7]
     mean, *points = validation.lines
