@@ -47,7 +47,7 @@ def word_vectors(rows, vocab_size, width, tokens):
     over the dimensions, which Adam treats alike. The vectors of tokens that never occur are 0 but for rounding.
     """
     counts = count_pairs(rows, vocab_size, tokens)
-    n = counts.sum(1).float()
+    n = torch.cat([strip.sum(1) for strip in counts.split(STRIP)]).float()  # whole, sum would make int64 of all first
     contexts = n**SMOOTHING
     contexts = (contexts / contexts.sum()).clamp(min=1e-30)
     pmi = counts.view(torch.float32)  # in their place

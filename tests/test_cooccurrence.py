@@ -3,13 +3,15 @@
 import json
 import math
 import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import ROOT, TINY
 from test_model import bert
 from test_train import weights
 
@@ -109,6 +111,22 @@ def test_tokens_that_never_occur_keep_their_random_embedding(tied):
     after = model.embedding.weight.detach()
     assert torch.equal(after[:5], 100 * before[:5]) and 0.1 < after[5:].norm(dim=1).min() < after[5:].norm(dim=1).max() < 10
     assert model.decoder_bias[5] > model.decoder_bias[20] > model.decoder_bias[0]
+
+
+def test_one_matrix_of_counts_is_all_the_memory_it_takes():
+    """Of 4 V^2 bytes, which at 32,768 tokens are 4.3 GB, and some strips."""
+    code = """if True:
+        import re, numpy as np, cooccurrence
+        peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+        cooccurrence.STRIP = 1024  # less than 32 MB may stay on the heap
+        rows = np.random.default_rng(0).integers(0, 8192, (4000, 64)).astype(np.uint16)
+        cooccurrence.word_vectors(rows[:100] % 256, 256, 8, 10**8)
+        before = peak()
+        cooccurrence.word_vectors(rows, 8192, 8, 10**8)
+        print((peak() - before) / (4 * 8192**2))
+    """
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert 1 < float(process.stdout) < 2
 
 
 def test_a_corpus_of_one_word_has_no_vectors_and_no_nan():
