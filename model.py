@@ -36,6 +36,7 @@ class Config:
     attention: str = "softmax"  # {softmax, fourier, flash} flash is the gated attention unit, without a feed-forward layer
     qk_norm: bool = False  # RMS-normalise queries and keys, without weights
     neighbour_keys: bool = False  # half the channels of queries and keys are those of the neighbours: see `with_neighbours`
+    value_residual: bool = False  # values are a * v + b * those of the first block; a and b are learned, from 0.5
     embedding_skip: bool = False  # each block begins with a * x + b * embedding; a and b are learned, from 1 and 0
     embedding_norm: bool = True  # norm behind the embeddings
     final_norm: bool = True  # norm before the head
@@ -58,6 +59,7 @@ def require_possible(config):
         (rotary and c.attention == "softmax" and width % 2, f"rotary positions need an even head width, not {width}"),
         (rotary and c.attention == "fourier", "position=rotary turns queries and keys, attention=fourier has none"),
         (c.qk_norm and c.attention != "softmax", f"qk_norm is for attention=softmax, not for {c.attention}"),
+        (c.value_residual and c.attention != "softmax", f"value_residual is for attention=softmax, not for {c.attention}"),
         (c.neighbour_keys and not (rotary and c.attention == "softmax"), "neighbour_keys needs rotary positions and softmax"),
         (c.neighbour_keys and width % 4, f"neighbour_keys needs a head width that is divisible by 4, not {width}"),
         (c.attention == "flash" and c.norm_place == "post", "attention=flash is defined with norm_place=pre only"),
@@ -167,6 +169,8 @@ class Block(nn.Module):
         if config.attention == "softmax":
             self.qkv = Linear(D, 3 * D, config.bias)
             self.out = Linear(D, D, config.bias)
+            if config.value_residual:
+                self.value_scale = nn.Parameter(torch.full((2,), 0.5))
         if config.attention == "flash":
             self.qk = Linear(D, FLASH_WIDTH, config.bias)
             self.qk_scale = nn.Parameter(torch.empty(2 * FLASH_WIDTH).normal_(std=0.02))
@@ -176,12 +180,16 @@ class Block(nn.Module):
         self.up = Linear(D, config.n_inner, config.bias)
         self.down = Linear(inner, D, config.bias)
 
-    def softmax(self, x, mask, rotary):
+    def softmax(self, x, mask, rotary, first_values):
         B, T, D = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.config.n_head, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         if self.config.qk_norm:
             q, k = F.rms_norm(qkv[:, :, :2], qkv.shape[-1:]).permute(2, 0, 3, 1, 4)
+        if self.config.value_residual:
+            if not first_values:
+                first_values.append(v)
+            v = self.value_scale[0] * v + self.value_scale[1] * first_values[0]
         if self.config.neighbour_keys:
             q, k = with_neighbours(q, mask, *rotary), with_neighbours(k, mask, *rotary)
         elif rotary is not None:
@@ -189,11 +197,11 @@ class Block(nn.Module):
         y = attend(q, k, v, mask, self.config.dropout if self.training else 0.0)
         return self.out(y.transpose(1, 2).reshape(B, T, D))
 
-    def fourier(self, x, mask, rotary):
+    def fourier(self, x, *_):
         """Fourier mixing (Lee-Thorp et al. 2021). It has no notion of padding: what stands there is mixed in."""
         return torch.fft.fft2(x.float()).real.to(x.dtype)
 
-    def flash(self, x, mask, rotary):
+    def flash(self, x, mask, rotary, *_):
         """The gated attention unit of Hua et al. 2022, quadratic form: (gate * relu^2(q k^T / n) v) W."""
         value, gate = F.silu(self.up(x)).chunk(2, dim=-1)
         shared = F.silu(self.qk(x))
@@ -218,15 +226,16 @@ class Block(nn.Module):
         y = x + dropout(sublayer(norm(x) if pre else x, *args), p, self.training)
         return y if pre else norm(y)
 
-    def forward(self, x, mask, rotary, positions=None):
+    def forward(self, x, mask, rotary, first_values, positions=None):
         """x (B, T, width); mask (B, T) bool, True at real tokens, or None; rotary the tables of `rotate`, or None.
 
+        first_values: a list, empty for the first block, which puts its values there, (B, H, T, d), for those behind it.
         positions: N indices into the flat batch, the only ones whose output, then (N, width), is wanted; None = all.
         """
         kind = self.config.attention
         mask = None if mask is None else mask[:, None] if kind == "flash" else mask[:, None, None]
         mix = {"softmax": self.softmax, "fourier": self.fourier, "flash": self.flash}[kind]
-        x = self.residual(x, self.norm1, mix, mask, rotary)
+        x = self.residual(x, self.norm1, mix, mask, rotary, first_values)
         if positions is not None:
             x = x.flatten(0, 1).index_select(0, positions)
         return x if kind == "flash" else self.residual(x, self.norm2, self.feed_forward)
@@ -298,11 +307,11 @@ class BERT(nn.Module):
         elif c.position == "rotary":
             rotary = self.cos[:T].to(self.dtype), self.sin[:T].to(self.dtype)
         x = dropout(self.embedding_norm(x.to(self.dtype)), c.dropout, self.training)
-        embedded, last = x, c.n_layer - 1
+        embedded, first_values, last = x, [], c.n_layer - 1
         for i, block in enumerate(self.blocks):
             if c.embedding_skip:
                 x = self.stream_scale[i] * x + self.skip_scale[i] * embedded
-            x = block(x, mask, rotary, positions if i == last else None)
+            x = block(x, mask, rotary, first_values, positions if i == last else None)
         return self.final_norm(x)
 
     def logits(self, hidden):

@@ -63,6 +63,7 @@ architecture = {
     "no_positions": {"position": "none"},
     "qk_norm": {"qk_norm": True},
     "neighbour_keys": {"position": "rotary", "neighbour_keys": True},
+    "value_residual": {"value_residual": True},
     "biases": {"bias": True},
     "no_gating": {"glu": False},
     "no_gating_same_size": {"glu": False, "n_inner": n_inner * 3 // 4},

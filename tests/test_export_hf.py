@@ -183,8 +183,8 @@ def loads_in_transformers(folder, trust, expected, cwd, check=CHECK):
 
 ARCHITECTURES = {
     "crammed": (["--position=scaled_sinusoidal"], True),
-    "rotary": ("--position=rotary --qk_norm=True --neighbour_keys=True --embedding_skip=True --norm=rmsnorm "
-               "--activation=relu2".split(), True),
+    "rotary": ("--position=rotary --qk_norm=True --neighbour_keys=True --value_residual=True --embedding_skip=True "
+               "--norm=rmsnorm --activation=relu2".split(), True),
     "bert": ("--norm_place=post --bias=True --glu=False --position=learned --final_norm=False --head_transform=True "
              "--decoder_bias=True --token_types=2".split(), False),
 }  # fmt: skip

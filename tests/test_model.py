@@ -79,6 +79,7 @@ def test_attention_on_a_cpu_is_sdpa():
         {"position": "rotary", "qk_norm": True},
         {"position": "rotary", "qk_norm": True, "neighbour_keys": True},
         {"embedding_skip": True},
+        {"value_residual": True},
     ],
 )
 def test_the_whole_model_against_a_second_one(changes):
@@ -87,6 +88,9 @@ def test_the_whole_model_against_a_second_one(changes):
     if "embedding_skip" in changes:
         assert model.stream_scale.tolist() == [1.0, 1.0] and model.skip_scale.tolist() == [0.0, 0.0]
         model.stream_scale.data, model.skip_scale.data = torch.tensor([0.5, 2.0]), torch.tensor([0.25, -1.0])
+    if "value_residual" in changes:
+        assert [block.value_scale.tolist() for block in model.blocks] == [[0.5, 0.5]] * 2
+        model.blocks[0].value_scale.data, model.blocks[1].value_scale.data = torch.tensor([[2.0, 1.5], [-0.5, 3.0]])
     ids = torch.randint(50, (3, 11))
     w = dict(model.named_parameters())
     D, H = 32, 2
@@ -106,6 +110,7 @@ def test_the_whole_model_against_a_second_one(changes):
         return found
 
     embedded = x = norm(x, "embedding_norm")
+    first = None
     for i in range(2):
         b = f"blocks.{i}."
         if "embedding_skip" in changes:
@@ -113,6 +118,9 @@ def test_the_whole_model_against_a_second_one(changes):
         q, k, v = (
             t.view(3, 11, H, D // H).transpose(1, 2) for t in (norm(x, b + "norm1") @ w[b + "qkv.weight"].T).split(D, -1)
         )
+        if "value_residual" in changes:
+            first = v if first is None else first
+            v = 3.5 * v if i == 0 else 3.0 * first - 0.5 * v
         if "qk_norm" in changes:
             q, k = (t / (t.square().mean(-1, keepdim=True) + torch.finfo(t.dtype).eps).sqrt() for t in (q, k))
         if "neighbour_keys" in changes:
@@ -212,6 +220,7 @@ def test_impossible_models_are_refused():
         ({"position": "rotary", "attention": "fourier"}, "has none"),
         ({"qk_norm": True, "attention": "flash"}, "qk_norm is for attention=softmax"),
         ({"qk_norm": True, "attention": "fourier"}, "qk_norm is for attention=softmax"),
+        ({"value_residual": True, "attention": "flash"}, "value_residual is for attention=softmax"),
         ({"neighbour_keys": True}, "neighbour_keys needs rotary positions and softmax"),
         ({"neighbour_keys": True, "position": "rotary", "attention": "flash"}, "neighbour_keys needs rotary positions"),
         ({"neighbour_keys": True, "position": "rotary", "n_head": 16}, "divisible by 4, not 2"),
@@ -241,7 +250,7 @@ SWITCHES = [
     {"attention": "flash"},
     {"attention": "flash", "position": "rotary"},
     {"tie_weights": False},
-    {"position": "rotary", "qk_norm": True, "neighbour_keys": True, "embedding_skip": True},
+    {"position": "rotary", "qk_norm": True, "neighbour_keys": True, "value_residual": True, "embedding_skip": True},
 ]
 
 

@@ -24,7 +24,8 @@ import model
 import scorecard
 import train
 
-NANOCRAM = "--optimizer=muon --position=rotary --qk_norm=True --neighbour_keys=True --embedding_skip=True".split()
+NANOCRAM = "--optimizer=muon --position=rotary --qk_norm=True --neighbour_keys=True --value_residual=True".split()
+NANOCRAM.append("--embedding_skip=True")
 NANOCRAM += ["--count_tokens=3000", "--decoder_bias=True"]
 
 
