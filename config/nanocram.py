@@ -1,8 +1,8 @@
 # An experiment: crammed BERT with an embedding that is counted first, NorMuon, rotary positions, QK-norm, queries and keys
-# that contain the neighbours', and skips from the embedding. At 4 x 256 on a CPU (config/nanocram_cpu.py) it had a lower
-# val_loss at equal time, and a better STS-B; it takes Muon to fine-tune it: results/README.md. At this size Muon with rotary
-# positions and QK-norm was run for two minutes of an H100, and had a lower val_loss there as well. A day of it has not been
-# run.
+# that contain the neighbours', values that contain those of the first block, and skips from the embedding. At 4 x 256 on a
+# CPU (config/nanocram_cpu.py) it had a lower val_loss at equal time, and a better STS-B; it takes Muon to fine-tune it:
+# results/README.md. At this size Muon with rotary positions and QK-norm was run for two minutes of an H100, and had a lower
+# val_loss there as well. A day of it has not been run.
 exec(open("config/crammed.py").read())
 out_dir = "out/nanocram"
 
@@ -10,6 +10,7 @@ position = "rotary"
 rotary_base = 1000.0
 qk_norm = True
 neighbour_keys = True
+value_residual = True
 embedding_skip = True
 count_tokens = 100_000_000
 decoder_bias = True

@@ -4,6 +4,7 @@ out_dir = "out/nanocram_cpu"
 
 qk_norm = True
 neighbour_keys = True
+value_residual = True
 embedding_skip = True
 
 count_tokens = 25_000_000  # all of the corpus: 5 seconds
