@@ -25,8 +25,7 @@ import scorecard
 import train
 
 NANOCRAM = "--optimizer=muon --position=rotary --qk_norm=True --neighbour_keys=True --value_residual=True".split()
-NANOCRAM.append("--embedding_skip=True")
-NANOCRAM += ["--count_tokens=3000", "--decoder_bias=True"]
+NANOCRAM += ["--embedding_skip=True", "--count_tokens=3000", "--decoder_bias=True"]
 
 
 def log(name="tiny", key="loss"):
