@@ -10,14 +10,14 @@ demo: .venv/run
 	$(PY) finetune_glue.py config/demo.py --glue_init=scratch
 	$(PY) finetune_glue.py config/demo.py --glue_init=run
 	$(PY) -m pip install -q $$(grep matplotlib requirements-dev.txt)
-	$(PY) plot.py out/demo
-	$(PY) fill_mask.py out/demo "returns the <mask> of the array."
-	$(PY) fill_mask.py out/demo "if <mask> is given, the result is written to it."
-	$(PY) fill_mask.py out/demo "the number of <mask> in the graph."
+	$(PY) -m tools.plot out/demo
+	$(PY) -m tools.fill_mask out/demo "returns the <mask> of the array."
+	$(PY) -m tools.fill_mask out/demo "if <mask> is given, the result is written to it."
+	$(PY) -m tools.fill_mask out/demo "the number of <mask> in the graph."
 	@echo
 	@echo "To try next ($(PY) is the python to use):"
-	@echo "  $(PY) fill_mask.py out/demo --interactive"
-	@echo "  $(PY) train.py config/demo.py --out_dir=out/wide --n_embd=384 --n_inner=1536 && $(PY) plot.py out/demo out/wide"
+	@echo "  $(PY) -m tools.fill_mask out/demo --interactive"
+	@echo "  $(PY) train.py config/demo.py --out_dir=out/wide --n_embd=384 --n_inner=1536 && $(PY) -m tools.plot out/demo out/wide"
 	@echo "  $(PY) prepare.py config/cpu.py --sources=FOLDER_OF_TEXT && $(PY) train.py config/cpu.py"
 
 test: .venv/dev

@@ -1,284 +1,522 @@
 """Fine-tune a model on GLUE, or on the offline tasks of the docs corpus, and write the scorecard.
 
-python finetune_glue.py config/demo.py [--glue_init=scratch]: out/<run>/model.pt  ->  out/<run>/{glue.json, glue.md}
+python finetune_glue.py config/demo.py [--glue_init=scratch]
+out/<run>/model.pt  ->  out/<run>/{glue.json, glue.md}
 
-The protocol is the paper's "GLUE sane": the same hyperparameters for all tasks, 5 epochs, the last one counts (nothing is
-selected on dev data), the median over several seeds. A further call adds rows and tasks; finished seeds are not repeated.
+The protocol is the paper's "GLUE sane". All tasks have the same hyperparameters. There are 5 epochs
+and the last one counts, so that nothing is selected on dev data. The median over several seeds is
+the score. A further call adds rows and tasks to the card; finished seeds are not repeated.
 """
 
 import hashlib
-import json
 import math
 import platform
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median, stdev
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from checkpoint import torch_save
-from configurator import configure, one_line
-from export_hf import load_bert, load_run
-from glue import ALSO, METRICS, load_task, write_predictions, zip_predictions
-from hardware import no_memory, pick_device, pick_dtype, repeatable
 from model import BERT, Classifier
-from muon import Muon, split
-from rows import n_ids, special_token
-from scorecard import card_text, write_card
+from nanocram.configurator import configure
+from nanocram.device import make_deterministic, pick_device, pick_dtype
+from nanocram.faults import Fault, one_line, run_script
+from nanocram.glue import ALSO, METRICS, Task, load_tasks, write_predictions, zip_predictions
+from nanocram.huggingface import load_bert
+from nanocram.optim import make_optimizers
+from nanocram.runs import open_run, save_torch
+from nanocram.scorecard import card_text, read_card, with_seed, write_card
+from nanocram.tokenizer import special_ids, vocab_size_of
 
 out_dir = "out/demo"  # folder of the run
 dataset = "demo"  # corpus of the run; its offline tasks, if any, are in data/<dataset>/tasks
-glue_init = "run"  # start: run (its model.pt), scratch (random weights), or the folder or hub id of a Hugging Face BERT
-tasks = ["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"]  # of these, wnli, ax, docs_package, docs_next, dicts
-glue_dir = ""  # folder in the layout of the official download (CoLA/train.tsv, ...); empty = nyu-mll/glue from the hub
+# what to fine-tune
+glue_init = "run"  # run (its model.pt), scratch (random weights), or a folder or id of Hugging Face
+# of these, and of wnli, ax, docs_package, docs_next, and dicts that describe tasks of your own
+tasks = ["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"]
+# folder like the official download (CoLA/train.tsv, ...); empty = nyu-mll/glue from the hub
+glue_dir = ""
+glue_max_train = 0  # [0, inf) training examples per task, 0 = all
+glue_max_len = 128  # [8, inf) tokens per example, special ones included; the longer text is cut
+# training
 glue_epochs = 5  # [1, inf) epochs; the rules allow up to 5
-glue_batch_size = 16  # [1, inf) examples a step
-glue_optimizer = "adamw"  # {adamw, muon} muon for the matrices of the blocks, and AdamW for the rest
+glue_batch_size = 16  # [1, inf) examples per step
+glue_optimizer = "adamw"  # {adamw, muon} muon: for the matrices of the blocks, AdamW for the rest
 glue_learning_rate = 4e-5  # (0, inf) peak learning rate
-glue_warmup = 0.1  # [0, 1) share of the steps with a linear warm-up; a cosine to zero follows
+glue_warmup = 0.1  # [0, 1) fraction of the steps with a linear warm-up; a cosine to zero follows
 glue_weight_decay = 0.0  # [0, inf) decoupled weight decay
 glue_dropout = 0.1  # [0, 1) dropout on embeddings, attention, residual branches and in the head
-glue_pooling = "first"  # {first, mean} what the head sees: the first position, or the mean of all
-glue_seeds = 5  # [1, inf) runs a task, with seeds 0, 1, ...; their median counts
-glue_max_train = 0  # [0, inf) training examples a task, 0 = all
-glue_submit = False  # also predict the test sets, with the first seed, into a zip for the GLUE server
-glue_save = False  # keep the classifiers of the first seed in out_dir/classifiers, for export_hf.py
-glue_max_len = 128  # [8, inf) tokens of an example, special ones included; the longer text is cut first
+glue_pooling = "first"  # {first, mean} the head sees the first position, or the mean of all
+glue_seeds = 5  # [1, inf) runs per task, with seeds 0, 1, ...; their median counts
+# output
+glue_submit = False  # predict the test sets with the first seed, in a zip for the GLUE server
+glue_save = False  # keep the first seed's classifiers in out_dir/classifiers, for tools.export_hf
+# hardware
 device = "auto"  # {auto, cuda, mps, cpu} where to train
-dtype = "auto"  # {auto, float32, bfloat16, float16} of the activations; auto is what the hardware does best
+dtype = "auto"  # {auto, float32, bfloat16, float16} of activations; auto: what the device does best
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Batches
 
 
-def join(a, b, ids, last_sep=True):
-    """`<cls> A <sep> B <sep>`, with an empty B for one text [repo], cut to glue_max_len from the longer of the two."""
-    keep = glue_max_len - 3
-    if len(a) + len(b) > keep:
-        n_b = min(len(b), max(keep - len(a), keep // 2))
-        a, b = a[: keep - n_b], b[:n_b]
-    return [ids["cls"], *a, ids["sep"], *b, *[ids["sep"]] * last_sep]
+def join(a, b, ids, max_len, last_sep=True):
+    """Return `<cls> A <sep> B <sep>`, cut to max_len tokens from the longer one of the two texts.
 
-
-def encode(tokenizer, ids, examples):
-    """Token ids (a list a row) and labels of the examples. BERT itself is given `[CLS] A [SEP]`, as it was trained."""
-    one_sep = glue_init not in ("run", "scratch") and examples[0][1] is None
-    sides = ([a for a, _, _ in examples], [b or "" for _, b, _ in examples])
-    a, b = ([e.ids for e in tokenizer.encode_batch_fast(side, add_special_tokens=False)] for side in sides)
-    labels = np.array([0 if y is None else y for *_, y in examples])
-    return [join(x, y, ids, not one_sep) for x, y in zip(a, b)], labels if labels.dtype == int else labels.astype(np.float32)
+    a, b: lists of token ids. For a task with one text B is empty, as in [repo].
+    """
+    limit = max_len - 3
+    if len(a) + len(b) > limit:
+        # B may have half of the space, or more if A needs less
+        space = max(limit // 2, limit - len(a))
+        n_b = min(len(b), space)
+        a = a[: limit - n_b]
+        b = b[:n_b]
+    row = [ids["cls"], *a, ids["sep"], *b]
+    if last_sep:
+        row.append(ids["sep"])
+    return row
 
 
 def batches(lengths, size, rng=None):
-    """Batches of row numbers, of similar lengths. With rng in random order and without a partial one, else every row once.
+    """Return batches of row numbers, each an array, of rows of similar lengths.
 
-    Deviation: [repo] mixes lengths. Rows are shuffled, sorted within pools of 50 batches, and the batches shuffled again.
+    With rng they come in random order, all of the same size; the rest of the rows is left out.
+    Without rng every row comes once.
     """
     if rng is None:
         order = np.argsort(lengths, kind="stable")
         return [order[i : i + size] for i in range(0, len(order), size)]
-    order = rng.permutation(len(lengths))[: len(lengths) // size * size]
-    pools = [order[i : i + 50 * size] for i in range(0, len(order), 50 * size)]
-    found = [b for pool in pools for b in pool[np.argsort(lengths[pool], kind="stable")].reshape(-1, size)]
-    return [found[i] for i in rng.permutation(len(found))]
+
+    # A batch is padded to its longest row, and padding takes as much time as text. If all rows were
+    # sorted, the batches would be the same in each epoch. So the rows are shuffled, sorted within
+    # pools of 50 batches, and the batches shuffled. Deviation: [repo] mixes lengths.
+    n_full = len(lengths) // size
+    order = rng.permutation(len(lengths))
+    order = order[: n_full * size]
+    found = []
+    for i in range(0, len(order), 50 * size):
+        pool = order[i : i + 50 * size]
+        by_length = np.argsort(lengths[pool], kind="stable")
+        found.extend(pool[by_length].reshape(-1, size))
+    return [found[i] for i in rng.permutation(n_full)]
 
 
-def collate(rows, index, ids, where):
-    """Padded ids, mask and segments (1 behind the first <sep>), each (B, T), on a GPU with T a multiple of 8 where it can."""
-    parts = [torch.tensor(rows[i]) for i in index]
-    tokens = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=ids["pad"])
-    if where == "cuda":
-        tokens = F.pad(tokens, (0, min(-tokens.size(1) % 8, glue_max_len - tokens.size(1))), value=ids["pad"])
-    mask = torch.arange(tokens.size(1)) < torch.tensor([len(p) for p in parts])[:, None]
-    is_sep = (tokens == ids["sep"]).long()
-    types = ((is_sep.cumsum(1) - is_sep) > 0).long() * mask
-    return tokens.to(where), mask.to(where), types.to(where)
+def collate(rows, index, ids, device, max_len):
+    """Return ids, mask and segments, each (B, T), of the rows in a batch, on the device.
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def finetune(make_model, train, dev, test, n_classes, seed, ids, where, bar):
-    """One run on train, (rows, labels). dev: {name: (rows, labels, metric)}, test: {file: rows}.
-
-    Returns ({dev set: score after each epoch}, {dev set: second metric}, {test set: classes or values}, model).
+    mask is True at real tokens. The segment is 1 after the first <sep>, 0 before it and in padding.
     """
-    torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    model = make_model(n_classes).to(where)
-    matrices, rest = split(model, model.bert.config.glu) if glue_optimizer == "muon" else ([], model.parameters())
-    rates = {"lr": glue_learning_rate, "weight_decay": glue_weight_decay}
-    opts = [torch.optim.AdamW(rest, betas=(0.9, 0.98), eps=1e-6, fused=True, **rates)]
-    opts += [Muon(matrices, dtype=model.bert.dtype, **rates)] if matrices else []
-    scaler = torch.amp.GradScaler(where, enabled=model.bert.dtype == torch.float16)
+    # pad to the longest row; a GPU is faster if T is a multiple of 8
+    pad = ids["pad"]
+    parts = [torch.tensor(rows[i]) for i in index]
+    tokens = pad_sequence(parts, batch_first=True, padding_value=pad)
+    T = tokens.size(1)
+    if device == "cuda":
+        longer = min(-T % 8, max_len - T)
+        tokens = F.pad(tokens, (0, longer), value=pad)
+        T = tokens.size(1)
+
+    # tell text from padding, and the first text from the second
+    lengths = torch.tensor([len(part) for part in parts])
+    mask = torch.arange(T) < lengths[:, None]
+    is_sep = (tokens == ids["sep"]).long()
+    n_seps_before = is_sep.cumsum(1) - is_sep
+    types = (n_seps_before > 0).long() * mask
+    return tokens.to(device), mask.to(device), types.to(device)
+
+
+# --------------------------------------------------------------------------------------------------
+# One fine-tuning run
+
+
+def learning_rate_factor(progress, warmup):
+    """Return the learning rate as a fraction of its peak. progress: steps done, as a fraction.
+
+    The rate grows from zero, since at first the head is random, and so are the gradients that it
+    sends into the pretrained weights. Then a cosine takes it back to zero: the weights settle.
+    """
+    if progress < warmup:
+        return progress / warmup
+    after = (progress - warmup) / (1 - warmup)
+    return 0.5 * (1 + math.cos(math.pi * after))
+
+
+def loss_of(outputs, labels):
+    """Return the loss of outputs (B, n_classes) against labels (B,).
+
+    Classes have the cross-entropy. A regression has one output per text, and its squared error.
+    """
+    if outputs.size(1) == 1:
+        return F.mse_loss(outputs[:, 0], labels.float())
+    return F.cross_entropy(outputs, labels)
+
+
+def finetune(model, train, dev, ids, rng, config, bar):
+    """Train a classifier on (rows, labels), and score it on the dev sets after each epoch.
+
+    dev: {name: (rows, labels, metric)}. Rows are lists of token ids, labels an array.
+    Return {name: score after each epoch}, and {name: the second metric after the last epoch}.
+    """
     rows, labels = train
-    labels, lengths = torch.from_numpy(labels), np.array([len(r) for r in rows])
-    size = min(glue_batch_size, len(rows))
-    total, step = glue_epochs * (len(rows) // size), 0
-    scores, also = {name: [] for name in dev}, {}
-    for _ in range(glue_epochs):
-        model.train()
-        for index in batches(lengths, size, rng):
+    labels = torch.from_numpy(labels)
+    lengths = np.array([len(row) for row in rows])
+    batch_size = min(config["glue_batch_size"], len(rows))
+    n_steps = config["glue_epochs"] * (len(rows) // batch_size)
+    max_len = config["glue_max_len"]
+    peak = config["glue_learning_rate"]
+    decay = config["glue_weight_decay"]
+    name = config["glue_optimizer"]
+    optimizers = make_optimizers(model, name, peak, decay, betas=(0.9, 0.98), eps=1e-6)  # [repo]
+    device = model.head.weight.device.type
+    # in fp16 small gradients would become 0, so the loss is scaled up
+    scaler = torch.amp.GradScaler(device, enabled=model.bert.dtype == torch.float16)
+
+    step = 0
+    scores = {name: [] for name in dev}
+    also = {}
+    for _ in range(config["glue_epochs"]):
+        model.train()  # with dropout, which predict turns off
+        for index in batches(lengths, batch_size, rng):
+            # set the learning rate
             step += 1
-            p, w = step / total, glue_warmup
-            factor = p / w if p < w else 0.5 * (1 + math.cos(math.pi * (p - w) / (1 - w)))
-            for group in (group for opt in opts for group in opt.param_groups):
-                group["lr"] = glue_learning_rate * factor
-            out = model(*collate(rows, index, ids, where))
-            y = labels[index].to(where)
-            loss = F.mse_loss(out[:, 0], y.float()) if n_classes == 1 else F.cross_entropy(out, y)
+            factor = learning_rate_factor(step / n_steps, config["glue_warmup"])
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = peak * factor
+
+            # learn from the batch: all weights move, not those of the head only
+            outputs = model(*collate(rows, index, ids, device, max_len))
+            loss = loss_of(outputs, labels[index].to(device))
             scaler.scale(loss).backward()
-            for opt in opts:
-                scaler.step(opt)
+            for optimizer in optimizers:
+                scaler.step(optimizer)
             scaler.update()
             model.zero_grad(set_to_none=True)
             bar.update(len(index))
+
         if not math.isfinite(loss.item()):
-            sys.exit(f"finetune_glue.py: the loss became {float(loss)}; lower glue_learning_rate, or --dtype=float32")
+            hint = "lower glue_learning_rate, or --dtype=float32"
+            raise Fault(f"the loss became {loss.item()}; {hint}")
+
+        # only measure: nothing stops early or goes back to a better epoch
         for name, (dev_rows, dev_labels, metric) in dev.items():
-            found = predict(model, dev_rows, n_classes, ids, where)
+            found = predict(model, dev_rows, ids, max_len)
             scores[name].append(METRICS[metric](found, dev_labels))
-            also[name] = METRICS[ALSO.get(metric, metric)](found, dev_labels)
-    return scores, also, {file: predict(model, rows, n_classes, ids, where) for file, rows in test.items()}, model
+            if metric in ALSO:
+                also[name] = METRICS[ALSO[metric]](found, dev_labels)
+    return scores, also
 
 
 @torch.no_grad()
-def predict(model, rows, n_classes, ids, where):
-    """Classes, or values where n_classes is 1, of the rows of token ids, (len(rows),)."""
+def predict(model, rows, ids, max_len):
+    """Return the class, or in a regression the value, of each row of token ids, (len(rows),)."""
     model.eval()
+    device = model.head.weight.device.type
+    lengths = np.array([len(row) for row in rows])
     predictions = np.zeros(len(rows))
-    for index in batches(np.array([len(r) for r in rows]), 64):
-        out = model(*collate(rows, index, ids, where))
-        predictions[index] = (out[:, 0] if n_classes == 1 else out.argmax(-1)).cpu()
+    for index in batches(lengths, 64):
+        outputs = model(*collate(rows, index, ids, device, max_len))
+        is_regression = outputs.size(1) == 1
+        best = outputs[:, 0] if is_regression else outputs.argmax(-1)
+        predictions[index] = best.cpu()
     return predictions
 
 
-def load_start(out):
-    """(Config, weights, tokenizer, special ids, pretrained pooler or None) of the run, or of a Hugging Face BERT."""
-    if glue_init in ("run", "scratch"):
-        (model_config, weights, tokenizer), pooler = load_run(out), None
-    else:
-        model_config, weights, tokenizer, pooler = load_bert(glue_init)
-    model_config = replace(model_config, dropout=glue_dropout)
-    sizes = n_ids(tokenizer), model_config.vocab_size
-    if sizes[0] > sizes[1] or (sizes[0] < sizes[1] and glue_init in ("run", "scratch")):  # Hugging Face's may be padded
-        sys.exit(f"finetune_glue.py: {out}: tokenizer.json has {sizes[0]} ids, but model.pt {sizes[1]}")
-    tokenizer.encode_special_tokens = True  # "<mask>" in a text is text
-    if glue_max_len > model_config.max_len:
-        sys.exit(f"finetune_glue.py: glue_max_len = {glue_max_len} is over the model's max_len = {model_config.max_len}")
-    try:
-        BERT(model_config).load_state_dict(weights)
-    except (RuntimeError, ValueError) as e:
-        sys.exit(f"finetune_glue.py: the weights of {glue_init} do not fit their config: {one_line(e)}")
-    ids = {name: tokenizer.token_to_id(special_token(tokenizer, name)) for name in ("pad", "cls", "sep")}
-    return model_config, weights, tokenizer, ids, pooler
+# --------------------------------------------------------------------------------------------------
+# What every run begins with
+
+
+class Start:
+    """The encoder, the tokenizer and the pretrained head, if any, that all runs begin with."""
+
+    def __init__(self, config, device):
+        """Load the run or the Hugging Face BERT. Raise Fault if it cannot be fine-tuned."""
+        out = config["out_dir"]
+        self.init = config["glue_init"]
+        self.is_ours = self.init in ("run", "scratch")
+        self.pooling = config["glue_pooling"]
+        self.max_len = config["glue_max_len"]
+        self.device = device
+        self.dtype = pick_dtype(device, config["dtype"])
+
+        # the weights
+        if self.is_ours:
+            bert, self.tokenizer = open_run(out, dropout=config["glue_dropout"])
+            self.model_config = bert.config
+            self.weights = bert.state_dict()
+            self.pooler = None
+        else:
+            their_config, self.weights, self.tokenizer, self.pooler = load_bert(self.init)
+            self.model_config = replace(their_config, dropout=config["glue_dropout"])
+            try:
+                BERT(self.model_config).load_state_dict(self.weights)
+            except (RuntimeError, ValueError) as e:
+                message = f"the weights of {self.init} do not fit their config"
+                raise Fault(f"{message}: {one_line(e)}") from e
+
+        # the tokenizer; the embedding of a Hugging Face BERT may have more rows than it needs
+        n_ids = vocab_size_of(self.tokenizer)
+        n_rows = self.model_config.vocab_size
+        if n_ids > n_rows or (n_ids < n_rows and self.is_ours):
+            raise Fault(f"{out}: tokenizer.json has {n_ids} ids, but model.pt {n_rows}")
+        if self.max_len > self.model_config.max_len:
+            limit = f"the model's max_len = {self.model_config.max_len}"
+            raise Fault(f"glue_max_len = {self.max_len} is over {limit}")
+        self.tokenizer.encode_special_tokens = True  # "<mask>" in a text is text
+        self.ids = special_ids(self.tokenizer)
+
+    def encode(self, examples):
+        """Return a list of token ids per example (text, second text or None, label)."""
+        first = [a for a, _, _ in examples]
+        second = [b or "" for _, b, _ in examples]
+        first = self.tokenizer.encode_batch_fast(first, add_special_tokens=False)
+        second = self.tokenizer.encode_batch_fast(second, add_special_tokens=False)
+        # a BERT of Hugging Face was trained on `[CLS] A [SEP]` if there is one text
+        is_single = examples[0][1] is None
+        last_sep = self.is_ours or not is_single
+        rows = []
+        for a, b in zip(first, second):
+            rows.append(join(a.ids, b.ids, self.ids, self.max_len, last_sep))
+        return rows
+
+    def classifier(self, n_classes, seed):
+        """Return a new classifier on the device, with the random numbers of a seed.
+
+        The encoder turns the tokens of a text into one vector each, (B, T, n_embd). The head needs
+        one vector per text, (B, n_embd): that of <cls>, which sees all other tokens (pooling
+        "first"), or the mean over all real tokens (pooling "mean"). Then the head computes
+        linear -> tanh -> dropout -> linear -> (B, n_classes). It is 1024 units wide as in the
+        paper, or as wide as BERT's own pooling layer if there are pretrained weights for it.
+        """
+        # the weights that are not loaded are random, and differ between seeds
+        torch.manual_seed(seed)
+        bert = BERT(self.model_config)
+        if self.init != "scratch":
+            bert.load_state_dict(self.weights)
+        bert.dtype = self.dtype
+        width = len(self.pooler["bias"]) if self.pooler else 1024
+        model = Classifier(bert, n_classes, self.pooling, self.model_config.dropout, width)
+        if self.pooler:
+            model.pooler.load_state_dict(self.pooler)
+        return model.to(self.device)
+
+
+# --------------------------------------------------------------------------------------------------
+# The list of jobs
+
+
+@dataclass
+class Job:
+    """One fine-tuning run: a task with one seed."""
+
+    task: Task
+    seed: int
+    train: tuple  # (rows of token ids, labels)
+    dev: dict  # {name on the card: (rows, labels, metric)}
+    test: dict  # {file for the GLUE server: rows}, which the first seed predicts
+    origin: dict  # what the scores depend on, as glue.json has it
+    files: dict  # {name: path} of what the first seed writes
+    same_origin: bool  # whether the scores on the card have it, too, and stay there
+
+    def n_examples(self, batch_size):
+        """Return the examples in an epoch of full batches."""
+        n_rows = len(self.train[0])
+        return n_rows - n_rows % min(batch_size, n_rows)
+
+
+def missing_jobs(task, row, folder, settings, start, config):
+    """Return the jobs of a task whose results are missing in a row of the card.
+
+    folder: for predictions and classifiers. settings: the keys that change the scores.
+    """
+    # keep the scores of the same data and settings; others stay until a new one replaces them
+    limit_examples(task, config["glue_max_train"])
+    content = (task.train, task.dev, task.labels, task.metric)
+    origin = {
+        "n_train": len(task.train),
+        "partial": task.partial,
+        "settings": settings,
+        "examples": hashlib.sha256(repr(content).encode()).hexdigest()[:16],
+    }
+    entries = [row.get(name, {}) for name in task.dev]
+    same_origin = all(origin.items() <= entry.items() for entry in entries)
+    n_done = 0
+    if same_origin:
+        n_done = min(len(entry["scores"]) for entry in entries)
+    seeds = list(range(n_done, config["glue_seeds"]))
+
+    # the first seed also writes files; if one of them is missing, run it again
+    files = {file: folder / "submission" / f"{file}.tsv" for file in task.test}
+    if config["glue_save"]:
+        files["classifier"] = folder / "classifiers" / f"{task.name}.pt"
+    if same_origin and not all(is_written(path, entries) for path in files.values()):
+        seeds.insert(0, 0)
+    if not seeds:
+        return []
+
+    # turn texts into token ids
+    train = (start.encode(task.train), labels_of(task, task.train))
+    dev = {}
+    for name, examples in task.dev.items():
+        metric = "matthews" if name == "ax" else task.metric
+        rows = start.encode(examples)
+        dev[name] = (rows, labels_of(task, examples), metric)
+    test = {}
+    for file, examples in task.test.items():
+        test[file] = start.encode(examples)
+    return [Job(task, seed, train, dev, test, origin, files, same_origin) for seed in seeds]
+
+
+def limit_examples(task, limit):
+    """Leave `limit` random training examples of a task, the same ones for all seeds; 0 = all."""
+    n = len(task.train)
+    if 0 < limit < n:
+        chosen = np.random.default_rng(0).choice(n, limit, replace=False)
+        task.train = [task.train[i] for i in chosen]
+        task.partial = True
+
+
+def is_written(path, entries):
+    """Return whether a file exists, and comes from the scores of these entries of the card."""
+    return path.exists() and all(str(path) in entry["files"] for entry in entries)
+
+
+def labels_of(task, examples):
+    """Return the labels of the examples as an array: classes, or values of a regression."""
+    kind = np.int64 if task.labels else np.float32
+    return np.array([label for _, _, label in examples], kind)
+
+
+# --------------------------------------------------------------------------------------------------
+# Results
+
+
+@dataclass
+class Result:
+    """What one fine-tuning run has measured."""
+
+    epochs: dict  # {name on the card: score after each epoch}
+    also: dict  # {name on the card: second metric after the last epoch}
+    seconds: float
+
+
+def run_job(job, start, config, bar):
+    """Fine-tune and score, and write the files of the first seed. Return the Result."""
+    # fine-tune
+    began = time.monotonic()
+    task = job.task
+    n_classes = len(task.labels) or 1
+    model = start.classifier(n_classes, job.seed)
+    rng = np.random.default_rng(job.seed)
+    epochs, also = finetune(model, job.train, job.dev, start.ids, rng, config, bar)
+
+    # write files
+    if job.seed == 0:
+        for path in job.files.values():
+            path.parent.mkdir(parents=True, exist_ok=True)
+        for file, rows in job.test.items():
+            predictions = predict(model, rows, start.ids, start.max_len)
+            write_predictions(job.files[file], predictions, task.labels)
+        if "classifier" in job.files:
+            save_torch(job.files["classifier"], saved_classifier(model, task, start))
+    return Result(epochs, also, time.monotonic() - began)
+
+
+def saved_classifier(model, task, start):
+    """Return what a file in classifiers/ holds: all that the export to Hugging Face needs."""
+    return {
+        "config": vars(start.model_config),
+        "model": model.state_dict(),
+        "labels": task.labels,
+        "pooling": start.pooling,
+        "pair": task.train[0][1] is not None,
+        "init": start.init,
+        "tokenizer": start.tokenizer.to_str(),
+    }
+
+
+def add_to_card(card, init, job, result):
+    """Add a result to the row `init` of the card, at the place of its seed, and print it."""
+    row = card["rows"].setdefault(init, {})
+    for name, (_, dev_labels, metric) in job.dev.items():
+        # the first score of another origin replaces all old ones
+        old = row[name] if job.seed or job.same_origin else {}
+        measured = {"epochs": result.epochs[name], "seconds": result.seconds}
+        if metric in ALSO:
+            measured[ALSO[metric]] = result.also[name]
+        files = set(old.get("files", []))
+        files.update(map(str, job.files.values()))
+        row[name] = {
+            "metric": metric,
+            "n_dev": len(dev_labels),
+            **with_seed(old, job.seed, measured),
+            **job.origin,
+            "files": sorted(files),
+        }
+        score = row[name]["scores"][job.seed]
+        done = f"{metric} {score:.1f}, {result.seconds:.0f} s"
+        tqdm.write(f"{init}: {name}, seed {job.seed}: {done}")
+    sys.stdout.flush()
+
+
+# --------------------------------------------------------------------------------------------------
 
 
 def main(config):
-    out, where = Path(out_dir), pick_device(device)
-    repeatable(where)
-    model_config, weights, tokenizer, ids, pooler = load_start(out)
+    # load what all runs begin with
+    out = Path(out_dir)
+    device_type = pick_device(device)
+    make_deterministic(device_type)
+    start = Start(config, device_type)
     out.mkdir(parents=True, exist_ok=True)
 
-    def make_model(n_classes):
-        bert = BERT(model_config)
-        if glue_init != "scratch":
-            bert.load_state_dict(weights)
-        bert.dtype = pick_dtype(where, dtype)
-        model = Classifier(bert, n_classes, glue_pooling, glue_dropout, len(pooler["bias"]) if pooler else 1024)
-        if pooler:
-            model.pooler.load_state_dict(pooler)
-        return model
+    # what the card says about its scores; some keys change none of them
+    own = {key: value for key, value in config.items() if key in globals()}
+    no_change = ["glue_dir", "glue_init", "glue_seeds", "glue_submit", "glue_save"]
+    settings = {}
+    for key, value in own.items():
+        if key.startswith("glue_") and key not in no_change:
+            settings[key] = value
+    settings["dtype"] = str(start.dtype).removeprefix("torch.")
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    made_by = {"settings": own, "versions": versions}
 
-    own = {k: v for k, v in config.items() if k in globals()}
-    free = ("glue_dir", "glue_init", "glue_seeds", "glue_submit", "glue_save")  # they change no score
-    settings = {k: v for k, v in own.items() if k.startswith("glue_") and k not in free}
-    settings["dtype"] = str(pick_dtype(where, dtype))[6:]
-    made_by = {"settings": own, "versions": {"python": platform.python_version(), "torch": str(torch.__version__)}}
+    # find what is missing; each start but the run has its own folder of files
+    row = read_card(out)["rows"].get(glue_init, {})
+    folder = out
+    if glue_init != "run":
+        folder = out / glue_init.strip("./").replace("/", "-")
+    jobs = []
+    for task in load_tasks(tasks, glue_dir, dataset, glue_submit):
+        jobs += missing_jobs(task, row, folder, settings, start, config)
 
-    def load_card():
-        card = json.loads((out / "glue.json").read_text()) if (out / "glue.json").exists() else {"rows": {}}
-        return card | made_by, card["rows"].setdefault(glue_init, {})
-
-    (card, row), jobs = load_card(), []
-    # predictions and classifiers of each start
-    kept = out if glue_init == "run" else out / glue_init.strip("./").replace("/", "-")
-    names = [task.get("name") if isinstance(task, dict) else task for task in tasks]
-    if twice := {name for name in names if names.count(name) > 1}:
-        sys.exit(f"finetune_glue.py: `tasks` has two of the name {twice.pop()!r}")
-    if "ax" in tasks and "mnli" not in tasks:
-        sys.exit("finetune_glue.py: the model of mnli answers ax; add mnli to `tasks`")
-    for task in (load_task(t, glue_dir, dataset, glue_submit, "ax" in tasks) for t in tasks if t != "ax"):
-        if 0 < glue_max_train < len(task.train):
-            pick = np.random.default_rng(0).choice(len(task.train), glue_max_train, replace=False)
-            task.train, task.partial = [task.train[i] for i in pick], True
-        examples = hashlib.sha256(repr((task.train, task.dev, task.labels, task.metric)).encode()).hexdigest()[:16]
-        common = {"n_train": len(task.train), "partial": task.partial, "settings": settings, "examples": examples}
-        # scores of the same data and settings stand; others do until a new one takes their place
-        same = all(name in row and common.items() <= row[name].items() for name in task.dev)
-        done = min(len(row[name]["scores"]) for name in task.dev) if same else 0
-        files = {file: kept / "submission" / f"{file}.tsv" for file in task.test}
-        files |= {"classifier": kept / "classifiers" / f"{task.name}.pt"} if glue_save else {}
-        seeds = list(range(done, glue_seeds))
-        if same and not all(str(f) in row[name]["files"] and f.exists() for f in files.values() for name in task.dev):
-            seeds = [0, *(x for x in seeds if x)]
-        if seeds:
-            train, test = encode(tokenizer, ids, task.train), {f: encode(tokenizer, ids, x)[0] for f, x in task.test.items()}
-            metrics = {name: "matthews" if name == "ax" else task.metric for name in task.dev}
-            dev = {name: (*encode(tokenizer, ids, x), metrics[name]) for name, x in task.dev.items()}
-            jobs += [(task, seed, train, dev, test if seed == 0 else {}, common, files, same) for seed in seeds]
-
-    counts = [len(rows) - len(rows) % min(glue_batch_size, len(rows)) for _, _, (rows, _), *_ in jobs]  # no partial batches
-    with tqdm(total=glue_epochs * sum(counts), unit=" examples", disable=None, smoothing=0) as bar:
-        for task, seed, train, dev, test, common, files, same in jobs:
-            bar.set_description(f"{glue_init}: {task.name}, seed {seed}")
-            start, n_classes = time.monotonic(), len(task.labels) or 1
-            epochs, also, predictions, model = finetune(make_model, train, dev, test, n_classes, seed, ids, where, bar)
-            seconds = time.monotonic() - start
-            if seed == 0:
-                for path in files.values():
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                for file, values in predictions.items():
-                    write_predictions(files[file], values, task.labels)
-                if glue_save:
-                    parts = {"config": vars(model_config), "model": model.state_dict(), "labels": task.labels}
-                    parts |= {"pooling": glue_pooling, "pair": task.train[0][1] is not None, "init": glue_init}
-                    torch_save(files["classifier"], parts | {"tokenizer": tokenizer.to_str()})
-            card, row = load_card()  # to which another process may have added a task since
-            for name, (_, dev_labels, metric) in dev.items():
-                old = row[name] if seed or same else {}
-                new = {"epochs": epochs[name], "seconds": seconds} | ({ALSO[metric]: also[name]} if metric in ALSO else {})
-                every = {k: [*old.get(k, [])[:seed], v, *old.get(k, [])[seed + 1 :]] for k, v in new.items()}
-                scores = [e[-1] for e in every["epochs"]]
-                spread = {"scores": scores, "median": median(scores), "sd": stdev(scores) if len(scores) > 1 else 0.0}
-                made = {"files": sorted({*old.get("files", []), *map(str, files.values())})}
-                row[name] = {"metric": metric, "n_dev": len(dev_labels)} | spread | every | common | made
-                tqdm.write(f"{glue_init}: {name}, seed {seed}: {metric} {scores[seed]:.1f}, {seconds:.0f} s")
-            sys.stdout.flush()
+    # fine-tune; each result is saved at once
+    n_examples = glue_epochs * sum(job.n_examples(glue_batch_size) for job in jobs)
+    with tqdm(total=n_examples, unit=" examples", disable=None, smoothing=0) as bar:
+        for job in jobs:
+            bar.set_description(f"{glue_init}: {job.task.name}, seed {job.seed}")
+            result = run_job(job, start, config, bar)
+            card = read_card(out) | made_by  # another process may have added a task
+            add_to_card(card, glue_init, job, result)
             write_card(out, card)
-    card, _ = load_card()
+
+    # write the card even if no score was missing: an average or the rules may have changed
+    card = read_card(out) | made_by
+    card["rows"].setdefault(glue_init, {})
     write_card(out, card)
-    if (kept / "submission").exists() and glue_submit:
-        zip_predictions(kept)
+    if glue_submit and (folder / "submission").exists():
+        print(zip_predictions(folder))
     print("\n" + card_text(card))
 
 
 if __name__ == "__main__":
-    config = configure(__file__)
-    globals().update({k: v for k, v in config.items() if k in globals()})
-    try:
-        main(config)
-    except RuntimeError as e:
-        if not no_memory(e):
-            raise
-        sys.exit("finetune_glue.py: out of memory; lower glue_batch_size or glue_max_len")
-    except OSError as e:
-        where = e.filename or out_dir
-        sys.exit(f"finetune_glue.py: {e.strerror or e}: {where}; finished seeds are saved, the same command continues")
-    except KeyboardInterrupt:
-        sys.exit("finetune_glue.py: interrupted; finished seeds are saved, the same command continues")
+    run_script(
+        lambda: main(configure(globals())),
+        kept="finished seeds are saved, the same command continues",
+        out_of_memory="lower glue_batch_size or glue_max_len",
+    )

@@ -1,209 +1,364 @@
 """Masked language modelling until the wall clock expires: python train.py config/demo.py
 
-data/<dataset>/{train,val}.bin  ->  out/<run>/{model.pt, ckpt.pt, log.jsonl, tokenizer.json, config.json, rules.json}
+data/<dataset>/{train,val}.bin  ->  out/<run>/{model.pt, ckpt.pt, log.jsonl, rules.json, ...}
 
-Every schedule is a function of progress in [0, 1]: elapsed seconds over the budget, or steps over max_steps for runs that
-must be repeatable to the last bit. A stopped run continues with the same command. Several GPUs, outside the rules of
-cramming, give the same curve as one: torchrun --nproc_per_node=2 train.py config/demo.py
+Every schedule is a function of progress in [0, 1]: elapsed seconds over the budget, or steps over
+max_steps for runs that must be repeatable to the last bit. A stopped run continues with the same
+command. Several GPUs, which are outside the rules of cramming, give the same curve as one:
+torchrun --nproc_per_node=2 train.py config/demo.py
 """
 
-import hashlib
 import json
 import math
-import os
-import shutil
-import signal
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoint import cut_log, load_checkpoint, torch_save
-from configurator import configure, write_json
-from cooccurrence import begin_with_counts
-from hardware import compiled, no_memory, peak_flops, pick_device, pick_dtype, repeatable
 from model import BERT, Config, flops_per_token
-from muon import Muon, split
-from scorecard import rules_record
+from nanocram import ranks
+from nanocram.configurator import configure
+from nanocram.cooccurrence import initialize_from_counts
+from nanocram.device import compile_checked, make_deterministic, peak_flops, pick_device, pick_dtype
+from nanocram.faults import Fault, is_out_of_memory, run_script, sha256_of, write_json
+from nanocram.optim import make_optimizers
+from nanocram.rules import rules_record
+from nanocram.runs import Log, Run, StopRequest, save_torch, start_wandb
 
+# the run
 out_dir = "out/demo"  # folder of the run
 dataset = "demo"  # corpus: data/<dataset>, as prepare.py wrote it
-resume = "auto"  # {auto, never} auto continues a stopped run; never starts anew and overwrites what is in out_dir
-budget_hours = 24.0  # (0, inf) hours of wall clock from counting (count_tokens) and the first step on, evaluation included
+# {auto, never} auto continues a stopped run; never starts anew and overwrites what is in out_dir
+resume = "auto"
+# (0, inf) hours of wall clock from the first step on; counting (count_tokens) and evaluation count
+budget_hours = 24.0
 max_steps = 0  # [0, inf) steps; 0 = the clock decides, else the clock is ignored
 seed = 1337  # [0, inf) seed of the weights and of the masks
-count_tokens = 0  # [0, 100_000_000] tokens of whose neighbours the embedding is first made (cooccurrence.py), 0 = random
-mask_rate = 0.25  # (0, 1) share of a row's positions to predict
-mask_rate_end = 0.0  # [0, 1) share to which mask_rate moves in a line with progress, 0 = it stays
-mask_80_10_10 = True  # of those 80 % become <mask>, 10 % a random token, 10 % stay; else all become <mask>
-batch_size = 8192  # [1, inf) rows a step, at the end of the ramp
-micro_batch_size = 128  # [1, inf) rows a forward pass, a divisor of both batch keys; changes memory and speed, not the result
-batch_ramp = 0.6  # [0, 1] share of progress over which the batch grows, 0 = no ramp
+
+# the objective
+mask_rate = 0.25  # (0, 1) fraction of a row's positions to predict
+# of those 80 % become <mask>, 10 % a random token, 10 % stay; else all become <mask>
+mask_80_10_10 = True
+# [0, 100_000_000] tokens whose neighbours are counted for the first embedding, 0 = random embedding
+count_tokens = 0
+
+# the batch
+batch_size = 8192  # [1, inf) rows per step, at the end of the ramp
+# [1, inf) rows per forward pass, a divisor of both batch keys; changes memory and speed alone
+micro_batch_size = 128
+batch_ramp = 0.6  # [0, 1] fraction of progress over which the batch grows, 0 = no ramp
 batch_ramp_rows = 128  # [1, inf) rows in the ramp's first batch, and in each increment
+
+# the optimizer
 learning_rate = 1e-3  # (0, inf) peak learning rate
-schedule = "triangle"  # {constant, linear, cosine, inverse_sqrt, triangle, trapezoid, ramp} of the learning rate
-warmup = 0.0  # [0, 1) share of progress with a linear warm-up; triangle and ramp have their own
-cooldown = 0.25  # (0, 1) share of progress in which inverse_sqrt, triangle, trapezoid and ramp fall to zero
-triangle_base = 0.25  # [0, 1] where the triangle begins, as a share of its peak
-optimizer = "adamw"  # {adamw, adam, muon} adam: BERT's L2 decay in the gradient; muon: NorMuon for the blocks' matrices
-weight_decay = 0.01  # [0, inf) decay of matrices and embeddings, none on norms, biases and scalars
+# {constant, linear, cosine, inverse_sqrt, triangle, trapezoid, ramp} of the learning rate
+schedule = "triangle"
+# [0, 1) fraction of progress with a linear warm-up; triangle and ramp have their own
+warmup = 0.0
+# (0, 1) fraction of progress in which inverse_sqrt, triangle, trapezoid and ramp fall to zero
+cooldown = 0.25
+triangle_base = 0.25  # [0, 1] where the triangle begins, as a fraction of its peak
+# {adamw, adam, muon} adam: BERT's L2 decay in the gradient; muon: NorMuon for the blocks' matrices
+optimizer = "adamw"
+# [0, inf) decay of matrices and embeddings, none on norms, biases and scalars
+weight_decay = 0.01
 beta1 = 0.9  # [0, 1) Adam's decay of the first moment
 beta2 = 0.98  # [0, 1) Adam's decay of the second moment
 adam_eps = 1e-12  # (0, inf) Adam's epsilon
 grad_clip = 0.5  # [0, inf) largest norm of the gradient, 0 = no clipping
+
+# the machine
 device = "auto"  # {auto, cuda, mps, cpu} where to train
-dtype = "auto"  # {auto, float32, bfloat16, float16} of the activations; auto is what the hardware does best
-compile = True  # torch.compile; falls back to eager where it does not work
+# {auto, float32, bfloat16, float16} of the activations; auto is what the hardware does best
+dtype = "auto"
+compile = True  # torch.compile; falls back to eager if it does not work
 eval_minutes = 30.0  # (0, inf) minutes between evaluations; the last one always takes place
 checkpoint_minutes = 15.0  # (0, inf) minutes between checkpoints
 log_seconds = 10.0  # [0, inf) seconds between log lines, 0 = every step
-check_data = False  # compare train.bin with its sha256 in meta.json first
 wandb_log = False  # log to Weights & Biases too; needs `pip install wandb`
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
+# What may differ between the parts of one run; another value elsewhere is another experiment.
+FREE_KEYS = {"resume", "out_dir", "device", "dtype", "compile", "micro_batch_size"}
+FREE_KEYS |= {"eval_minutes", "checkpoint_minutes", "log_seconds", "wandb_log"}
+
+
+# --------------------------------------------------------------------------------------------------
 # Schedules: pure functions of progress p in [0, 1]
 
 
-def learning_rate_factor(p):
-    """The learning rate at progress p as a share of its peak."""
+def progress_of(step, elapsed, budget_hours, max_steps):
+    """Return the progress after `step` steps and `elapsed` seconds of the budget."""
+    if max_steps:
+        return min(step / max_steps, 1.0)
+    return min(elapsed / (budget_hours * 3600), 1.0)
+
+
+def learning_rate_factor(p, schedule, warmup, cooldown, triangle_base):
+    """Return the learning rate at progress p as a fraction of its peak."""
     rise = min(1.0, p / warmup) if warmup else 1.0
-    since = max(0.0, p - warmup) / (1 - warmup)  # progress since the warm-up
-    top, fall = min(p, 1 - cooldown), min(1.0, (1 - p) / cooldown)  # rises up to the cool-down; falls from there to zero
-    return {
-        "constant": rise,
-        "linear": rise * (1 - since),
-        "cosine": rise * 0.5 * (1 + math.cos(math.pi * since)),
-        "trapezoid": rise * fall,
-        "inverse_sqrt": rise * math.sqrt(warmup / max(top, warmup, 1e-9)) * fall,
-        "triangle": (triangle_base + (1 - triangle_base) * top / (1 - cooldown)) * fall,  # "budget-triangle2" [repo]
-        "ramp": top * fall,
-    }[schedule]
+    # progress since the warm-up, from 0 to 1
+    since = max(0.0, p - warmup) / (1 - warmup)
+    # `top` rises until the cool-down begins; `fall` is 1 until then, and goes to zero
+    top = min(p, 1 - cooldown)
+    fall = min(1.0, (1 - p) / cooldown)
+    if schedule == "constant":
+        return rise
+    if schedule == "linear":
+        return rise * (1 - since)
+    if schedule == "cosine":
+        return rise * 0.5 * (1 + math.cos(math.pi * since))
+    if schedule == "trapezoid":
+        return rise * fall
+    if schedule == "inverse_sqrt":
+        return rise * math.sqrt(warmup / max(top, warmup, 1e-9)) * fall
+    if schedule == "triangle":  # "budget-triangle2" [repo]
+        return (triangle_base + (1 - triangle_base) * top / (1 - cooldown)) * fall
+    if schedule == "ramp":
+        return top * fall
+    raise Fault(f"schedule = {schedule!r} has no formula in learning_rate_factor")
 
 
-def batch_rows(p):
-    """Rows in the global batch at progress p: grows by batch_ramp_rows until it is batch_size at p = batch_ramp."""
+def batch_rows(p, batch_size, batch_ramp, batch_ramp_rows):
+    """Return the rows in the global batch at progress p.
+
+    The batch grows in steps of batch_ramp_rows until it is batch_size at p = batch_ramp.
+    """
     if not batch_ramp:
         return batch_size
-    return min(batch_ramp_rows * (math.floor(batch_size * p / (batch_ramp * batch_ramp_rows)) + 1), batch_size)
+    increments = math.floor(batch_size * p / (batch_ramp * batch_ramp_rows))
+    return min(batch_ramp_rows * (increments + 1), batch_size)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Masks
-
-
-def n_masked(seq_len, rate):
-    return max(round(rate * seq_len), 1)
-
-
-def mask_tokens(ids, count, mask_id, vocab_size, generator, mix=True, room=0):
-    """Masks exactly `count` positions of every row of ids (B, T); special tokens are not spared.
-
-    Of those round(80 %) become mask_id, round(10 %) a random token of the whole vocabulary, the rest stay as they are;
-    without `mix` all become mask_id. Returns inputs (B, T), positions in the row (B, count), targets (B, count); with
-    `room` > count as many positions, the last of them neither masked nor, with a target of -100, in the loss.
-    """
-    # topk sorts by the noise: the order of the positions is random, so the first ones are a random subset
-    positions = torch.rand(ids.shape, generator=generator, device=ids.device).topk(max(count, room), dim=1).indices
-    targets = ids.gather(1, positions)
-    n_mask, n_random = (round(0.8 * count), round(0.1 * count)) if mix else (count, 0)
-    fill = targets.clone()
-    fill[:, :n_mask] = mask_id
-    shape = (len(ids), n_random)
-    fill[:, n_mask : n_mask + n_random] = torch.randint(vocab_size, shape, generator=generator, device=ids.device)
-    targets[:, count:] = -100
-    return ids.scatter(1, positions, fill), positions, targets
-
-
-def flat(positions, seq_len):
-    """Positions (B, k) in rows to indices into the flattened batch (B * seq_len)."""
-    return (positions + torch.arange(len(positions), device=positions.device)[:, None] * seq_len).flatten()
-
-
-@torch.no_grad()
-def evaluate(model, rows, mask_id, where, batch=64):
-    """(val_loss in nats, accuracy) over rows (N, T): 15 % of the positions, by a fixed seed, all replaced by <mask>."""
-    generator = torch.Generator().manual_seed(0)  # on the CPU: the same positions on every device
-    model.eval()
-    loss = correct = total = 0
-    for i in range(0, len(rows), batch):
-        ids = torch.from_numpy(rows[i : i + batch].astype(np.int64))
-        inputs, positions, targets = mask_tokens(ids, n_masked(ids.size(1), 0.15), mask_id, 1, generator, mix=False)
-        targets = targets.flatten().to(where)
-        logits = model(inputs.to(where), flat(positions, ids.size(1)).to(where)).float()
-        loss += F.cross_entropy(logits, targets, reduction="sum").item()
-        correct += (logits.argmax(-1) == targets).sum().item()
-        total += len(targets)
-    model.train()
-    return loss / total, correct / total
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Data
 
 
 def load_bins(folder):
-    """(train, val, meta): the bins as read-only (rows, seq_len) maps. SystemExit where they do not match meta.json."""
+    """Return (train_rows, val_rows, meta). The rows are read-only maps (rows, seq_len) of uint16.
+
+    Raises Fault if they do not match meta.json.
+    """
     if not (folder / "meta.json").exists():
-        sys.exit(f"train.py: {folder} holds no prepared data; run prepare.py with the same config first")
-    meta, bins = json.loads((folder / "meta.json").read_text()), []
+        raise Fault(f"{folder} holds no prepared data; run prepare.py with the same config first")
+    meta = json.loads((folder / "meta.json").read_text())
     again = f"remove {folder}, run prepare.py again"
+    bins = []
     for part in ("train", "val"):
-        path, shape = folder / f"{part}.bin", (meta[f"{part}_rows"], meta["seq_len"])
-        size, expected = path.stat().st_size if path.exists() else 0, 2 * shape[0] * shape[1]
+        path = folder / f"{part}.bin"
+        shape = (meta[f"{part}_rows"], meta["seq_len"])
+        expected = 2 * shape[0] * shape[1]
+        size = path.stat().st_size if path.exists() else 0
         if size != expected:
-            sys.exit(f"train.py: {path} has {size:,} bytes, meta.json says {expected:,}; {again}")
+            raise Fault(f"{path} has {size:,} bytes, meta.json says {expected:,}; {again}")
         bins.append(np.memmap(path, np.uint16, "r", shape=shape))
-    for name in ["val.bin", "tokenizer.json"] + ["train.bin"] * check_data:
-        with open(folder / name, "rb") as f:
-            if hashlib.file_digest(f, "sha256").hexdigest() != meta["sha256"][name.partition(".")[0]]:
-                sys.exit(f"train.py: {folder / name} is not the file that meta.json describes (sha256); {again}")
+    # train.bin may be huge: its size has to do
+    for name in ("val.bin", "tokenizer.json"):
+        if sha256_of(folder / name) != meta["sha256"][name.partition(".")[0]]:
+            path = folder / name
+            raise Fault(f"{path} is not the file that meta.json describes (sha256); {again}")
     return *bins, meta
 
 
-def forecast(rows, meta, speed, state):
-    """Says how long the corpus lasts at `speed` tokens/s, and warns where only the head of a sorted one will be seen."""
-    seen, order = state["tokens"] + speed * max(budget_hours * 3600 - state["elapsed"], 0), meta["settings"]["order"]
+def next_rows(rows, cursor, count, device):
+    """Return `count` rows from `cursor` on as ids (count, seq_len) int64 on the device.
+
+    After the last row of the corpus comes the first one again.
+    """
+    index = np.arange(cursor, cursor + count) % len(rows)
+    ids = torch.from_numpy(rows[index].astype(np.int32))
+    if device != "cuda":
+        return ids.to(device).long()
+    # the copy goes on while the GPU works; only pinned memory may outlive its tensor
+    return ids.pin_memory().to(device, non_blocking=True).long()
+
+
+def forecast(rows, meta, speed, tokens, seconds_left, budget_hours):
+    """Say how long the corpus lasts at `speed` tokens/s.
+
+    Warns if only the head of a sorted corpus will be seen.
+    """
+    order = meta["settings"]["order"]
+    seen = tokens + speed * max(seconds_left, 0)
+    lasts = rows.size / speed / 3600
     tqdm.write(
-        f"{budget_hours:.3g} h of budget, the corpus lasts {rows.size / speed / 3600:.3g} h at {speed:,.0f} tokens/s: "
+        f"{budget_hours:.3g} h of budget, the corpus lasts {lasts:.3g} h at {speed:,.0f} tokens/s: "
         f"{seen / rows.size:.0%} of one epoch"
     )
     if order != "shuffle" and seen < 0.9 * rows.size:
         tqdm.write(
-            f"train.py: warning: the corpus is sorted by {order} and only its head will be seen; "
-            f"prepare.py with max_rows={seen / rows.shape[1]:.0f} cuts after sorting, max_chars before"
+            f"warning: the corpus is sorted by {order} and only its head will be seen; "
+            f"prepare.py with max_rows={seen / rows.shape[1]:.0f} cuts after sorting, "
+            "max_chars before"
         )
 
 
-def next_rows(rows, cursor, count, where):
-    """`count` rows from `cursor` on, around the end of the corpus, as int64 ids (count, seq_len) on the device."""
-    ids = torch.from_numpy(rows[np.arange(cursor, cursor + count) % len(rows)].astype(np.int32))
-    if where == "cuda":
-        ids = ids.pin_memory()
-    return ids.to(where, non_blocking=where == "cuda").long()  # only pinned memory outlives its tensor
+# --------------------------------------------------------------------------------------------------
+# Masks
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def n_masked(seq_len, rate):
+    """Return how many positions of a row are masked. All rows have as many: shapes are fixed."""
+    return max(round(rate * seq_len), 1)
+
+
+def mask_tokens(ids, count, mask_id, vocab_size, generator, mix=True):
+    """Mask exactly `count` positions of every row of ids (B, T). Special tokens are not spared.
+
+    Of these, round(80 %) become mask_id, round(10 %) a random token of the whole vocabulary, and
+    the rest stay as they are. Without `mix` all become mask_id.
+
+    Returns inputs (B, T), positions in the row (B, count), targets (B, count).
+    """
+    # the largest `count` of T random numbers; they come sorted by the numbers, so in random order,
+    # and the first 80 % of the positions are a random 80 %
+    noise = torch.rand(ids.shape, generator=generator, device=ids.device)
+    positions = noise.topk(count, dim=1).indices
+    targets = ids.gather(1, positions)
+
+    n_mask, n_random = count, 0
+    if mix:
+        n_mask, n_random = round(0.8 * count), round(0.1 * count)
+    fill = targets.clone()
+    fill[:, :n_mask] = mask_id
+    shape = (len(ids), n_random)
+    random_ids = torch.randint(vocab_size, shape, generator=generator, device=ids.device)
+    fill[:, n_mask : n_mask + n_random] = random_ids
+    return ids.scatter(1, positions, fill), positions, targets
+
+
+def flat_positions(positions, seq_len):
+    """Return positions (B, k) in rows as indices (B * k,) into the flat batch (B * seq_len)."""
+    first = torch.arange(len(positions), device=positions.device)[:, None] * seq_len
+    return (positions + first).flatten()
+
+
+def split_batch(batch, micro_batch_size, rank=0, world=1):
+    """Return a masked batch as micro-batches [(inputs (b, T), flat positions, flat targets), ...].
+
+    batch: what mask_tokens returns. With several processes, each takes its own slice of the rows.
+    """
+    rows, seq_len = batch[0].shape
+    mine = slice(rows // world * rank, rows // world * (rank + 1))
+    inputs, positions, targets = (part[mine].split(micro_batch_size) for part in batch)
+    micro_batches = []
+    for i, p, t in zip(inputs, positions, targets):
+        micro_batches.append((i, flat_positions(p, seq_len), t.flatten()))
+    return micro_batches
+
+
+# --------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@torch.no_grad()
+def evaluate(model, rows, mask_id, device, batch=64):
+    """Return {val_loss in nats, val_accuracy} over rows (N, T).
+
+    Always measured the same way, whatever the training objective: 15 % of the positions, chosen by
+    a fixed seed, all replaced by <mask>.
+    """
+    # on the CPU: the same positions on every device
+    generator = torch.Generator().manual_seed(0)
+    model.eval()
+    loss = correct = total = 0
+    for i in range(0, len(rows), batch):
+        ids = torch.from_numpy(rows[i : i + batch].astype(np.int64))
+        count = n_masked(ids.size(1), 0.15)
+        inputs, positions, targets = mask_tokens(ids, count, mask_id, 1, generator, mix=False)
+        positions = flat_positions(positions, ids.size(1)).to(device)
+        targets = targets.flatten().to(device)
+        logits = model(inputs.to(device), positions).float()
+        loss += F.cross_entropy(logits, targets, reduction="sum").item()
+        correct += (logits.argmax(-1) == targets).sum().item()
+        total += len(targets)
+    model.train()
+    return {"val_loss": loss / total, "val_accuracy": correct / total}
+
+
+# --------------------------------------------------------------------------------------------------
 # A step
 
 
-def make_optimizers(model):
-    """Matrices and embeddings decay; norms, biases and scalars do not (deviation: [repo] decays the position scalar)."""
-    matrices, rest = split(model, model.config.glu) if optimizer == "muon" else ([], model.parameters())
-    adam = {weight_decay: [], 0.0: []}
-    for p in rest:
-        adam[weight_decay if p.ndim >= 2 else 0.0].append(p)
-    kind = torch.optim.Adam if optimizer == "adam" else torch.optim.AdamW
-    groups = [{"params": params, "weight_decay": decay} for decay, params in adam.items()]
-    opts = [kind(groups, lr=learning_rate, betas=(beta1, beta2), eps=adam_eps, fused=True)]
-    return opts + ([Muon(matrices, learning_rate, weight_decay, model.dtype)] if matrices else [])
+def set_learning_rate(optimizers, lr):
+    for opt in optimizers:
+        for group in opt.param_groups:
+            group["lr"] = lr
 
 
-def out_of_memory(micro):
+def training_step(model, forward, optimizers, scaler, micro_batches, grad_clip, stop=None):
+    """Take one step of all optimizers on a batch. Return (loss, grad_norm, is_bad), on the device.
+
+    forward: the model, or what torch.compile made of it. micro_batches: as of split_batch.
+    grad_clip: largest norm of the gradient, 0 = no clipping. is_bad: loss or gradient was not
+    finite, and no weight has changed. stop: a StopRequest; once it has a reason, the step is given
+    up and None returned.
+    """
+    # forward and backward: the gradient is the mean over all micro-batches of all processes
+    world = ranks.world_size()
+    fraction = 1 / (len(micro_batches) * world)
+    step_loss = torch.zeros((), device=micro_batches[0][0].device)
+    for micro_batch in micro_batches:
+        if stop and stop.reason and world == 1:
+            model.zero_grad(set_to_none=True)
+            return None
+        loss = forward(*micro_batch) * fraction
+        scaler.scale(loss).backward()
+        step_loss += loss.detach()
+    ranks.add_up([step_loss, *(p.grad for p in model.parameters())])
+
+    # clip
+    for opt in optimizers:
+        scaler.unscale_(opt)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+
+    # step, unless something is not finite; that is decided on the device, so nothing waits for it.
+    # scaler.step would ask for each optimizer's own gradients alone
+    is_bad = ~(step_loss.isfinite() & grad_norm.isfinite())
+    for opt in optimizers:
+        opt.found_inf = is_bad.float()
+        if step_loss.device.type != "mps" or not is_bad:  # whose fused step ignores found_inf
+            opt.step()
+    scaler.update()
+    model.zero_grad(set_to_none=True)
+    return step_loss, grad_norm, is_bad
+
+
+class Interval:
+    """What happened since the last log line. Sums stay on the device: reading them waits for it."""
+
+    def __init__(self, device):
+        self.loss_sum = torch.zeros((), device=device)
+        self.skipped = torch.zeros((), device=device)
+        self.steps = 0
+        self.tokens = 0
+        self.start = time.monotonic()
+
+    def add(self, loss, is_bad, tokens):
+        self.loss_sum = self.loss_sum + loss.where(~is_bad, 0.0)
+        self.skipped = self.skipped + is_bad
+        self.steps += 1
+        self.tokens += tokens
+
+    def close(self):
+        """Wait for the device. Return (mean loss or None, tokens per second, steps left out)."""
+        skipped = int(self.skipped)
+        speed = self.tokens / max(time.monotonic() - self.start, 1e-9)
+        loss = None
+        if self.steps > skipped:
+            loss = self.loss_sum.item() / (self.steps - skipped)
+        return loss, speed, skipped
+
+
+# --------------------------------------------------------------------------------------------------
+# When something goes wrong
+
+
+def out_of_memory_advice(micro):
     if micro == 1:
         return "out of memory; the model is too large for this device"
     smaller = max(d for d in range(1, micro) if micro % d == 0)
@@ -211,13 +366,21 @@ def out_of_memory(micro):
 
 
 def first_non_finite(model, batches):
-    """The first module whose output on one of the batches is not finite: where a run broke."""
+    """Return the name of the first module whose output on one of the batches is not finite."""
     names = []
 
-    def look(name):
-        return lambda module, inputs, output: None if output.isfinite().all() else names.append(name)
+    def watch(name):
+        def look(module, inputs, output):
+            if isinstance(output, tuple):
+                output = output[0]
+            if not output.isfinite().all():
+                names.append(name)
 
-    hooks = [module.register_forward_hook(look(name or "the loss")) for name, module in model.named_modules()]
+        return look
+
+    hooks = []
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_hook(watch(name or "the loss")))
     with torch.no_grad():
         for batch in batches:
             model(*batch)
@@ -226,315 +389,296 @@ def first_non_finite(model, batches):
     return names[0] if names else "none, only gradients"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def diagnosis(step, streak, lr, grad_norm, module):
+    return (
+        f"loss or gradient not finite {streak} times in a row, step {step:,}, learning rate "
+        f"{lr:.3g}, gradient norm {grad_norm:.3g}, first module with such an output: {module}; "
+        "lower learning_rate, or --dtype=float32; what was saved is intact"
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Before and after the loop
+
+
+def config_of_run(config, own_names, meta):
+    """Return the keys of this script and of the model, and the hashes of the data."""
+    names = own_names | Config.__dataclass_fields__.keys()
+    config = {name: value for name, value in config.items() if name in names}
+    hashes = {f"{name}_sha256": sha256 for name, sha256 in meta["sha256"].items()}
+    return config | {"vocab_size": meta["vocab_size"]} | hashes
+
+
+def micro_batch_rows(config, world):
+    """Return the rows per forward pass on this device. Raise Fault if the batch cannot be split."""
+    size, micro = config["batch_size"], config["micro_batch_size"]
+    ramp_rows = config["batch_ramp_rows"] if config["batch_ramp"] else 0
+    if size % world or ramp_rows % world:
+        what = "batch_size and batch_ramp_rows must be divisible by the number of processes"
+        raise Fault(f"{what}, {world}")
+    rows = math.gcd(micro, size // world, ramp_rows // world)
+    if rows != micro and world == 1:
+        raise Fault(f"micro_batch_size = {micro} must divide batch_size and batch_ramp_rows")
+    if rows != micro:
+        why = "which divide each process's part of batch_size and batch_ramp_rows"
+        print(f"micro-batches of {rows} rows, {why}")
+    return rows
+
+
+def build_model(config, seq_len, device):
+    """Return the model of a config on the device. Raise Fault if there is none for these rows."""
+    if config["schedule"] == "inverse_sqrt" and not config["warmup"]:
+        what = "schedule=inverse_sqrt falls from the end of its warm-up"
+        raise Fault(f"{what}; set warmup, for instance to 0.06")
+    if config["count_tokens"] and (config["vocab_size"] < config["n_embd"] or seq_len < 2):
+        what = "count_tokens needs a vocabulary as large as n_embd"
+        raise Fault(f"{what}, and rows of two tokens or more")
+    try:
+        model = BERT(Config(**{name: config[name] for name in Config.__dataclass_fields__}))
+    except ValueError as e:
+        raise Fault(e) from e
+    if seq_len > model.config.max_len:
+        most = f"max_len = {model.config.max_len}"
+        raise Fault(f"the rows have {seq_len} tokens, more than {most}")
+    return model.to(device)
+
+
+def count_neighbours(model, rows, tokens, rank):
+    """Begin with an embedding that is counted in the corpus. Return the seconds that it took."""
+    began = time.monotonic()
+    if rank == 0:
+        initialize_from_counts(model, rows, tokens)
+    ranks.copy_from_first([p.data for p in model.parameters()])
+    seconds = time.monotonic() - began
+    print(f"about {min(tokens, rows.size):,} tokens counted in {seconds:.1f} s")
+    return seconds
+
+
+def describe(model, rows, peak, peak_name, world, budget_hours, max_steps):
+    """Print the size of the run."""
+    n = sum(p.numel() for p in model.parameters())
+    budget = f"{max_steps:,} steps"
+    if not max_steps:
+        exaflop = peak * world * budget_hours * 3600 / 1e18
+        budget = f"{budget_hours:.3g} h, {exaflop:.3g} exaFLOP"
+    print(
+        f"{n:,} parameters in {str(model.dtype)[6:]}; {len(rows):,} rows of {rows.shape[1]} tokens"
+    )
+    print(f"{budget} at a peak of {peak / 1e12:.1f} TFLOP/s ({world} x {peak_name})")
+
+
+def describe_work(state, flops, of_peak):
+    work = f"{state['step']:,} steps, {state['tokens'] / 1e6:.1f} M tokens"
+    hours = f"after {state['elapsed'] / 3600:.3f} h"
+    return f"{hours}, {work}, {flops / 1e18:.3g} exaFLOP, {of_peak:.0%} of the peak"
+
+
+# --------------------------------------------------------------------------------------------------
 
 
 def main(config):
-    reason = ""  # to stop
-
-    def stop(number, frame):
-        nonlocal reason
-        reason = "stopped"
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C does not wait
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-
-    where, rank, world = pick_device(device), 0, 1
+    # the machine
+    stop = StopRequest()
+    device = pick_device(config["device"])
     if max_steps:
-        repeatable(where)
-    if dist.is_torchelastic_launched():  # by torchrun
-        from torch import _dynamo  # noqa: F401  imported after the group, by an optimizer, it keeps the threads of gloo
+        make_deterministic(device)
+    rank, world = ranks.start(device)
 
-        gpu, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if where == "cuda":
-            if gpu >= gpus:
-                sys.exit(f"train.py: torchrun starts more processes than there are GPUs here; --nproc_per_node={gpus}")
-            torch.cuda.set_device(gpu)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if where == "cuda" else "gloo")
-        rank, world = dist.get_rank(), dist.get_world_size()
-        if rank:
-            sys.stdout = open(os.devnull, "w")
-
-    out, folder, ramp_rows = Path(out_dir), Path("data") / dataset, batch_ramp_rows if batch_ramp else 0
-    if batch_size % world or ramp_rows % world:
-        sys.exit(f"train.py: batch_size and batch_ramp_rows must be divisible by the number of processes, {world}")
-    micro = math.gcd(micro_batch_size, batch_size // world, ramp_rows // world)  # rows a forward pass on this device
-    if micro != micro_batch_size:
-        if world == 1:
-            sys.exit(f"train.py: micro_batch_size = {micro_batch_size} must divide batch_size and batch_ramp_rows")
-        print(f"train.py: micro-batches of {micro} rows, which divide each process's part of batch_size and batch_ramp_rows")
-    if schedule == "inverse_sqrt" and not warmup:
-        sys.exit("train.py: schedule=inverse_sqrt falls from the end of its warm-up; set warmup, for instance to 0.06")
+    # the data, and a config that holds all that decides what is learned
+    folder = Path("data") / dataset
     train_rows, val_rows, meta = load_bins(folder)
-    seq_len, mask_id, vocab_size = meta["seq_len"], meta["special_ids"]["mask"], meta["vocab_size"]
-    config = {k: v for k, v in config.items() if k in globals() or k in Config.__dataclass_fields__}
-    config |= {"vocab_size": vocab_size} | {f"{name}_sha256": sha for name, sha in meta["sha256"].items()}
-    if count_tokens and (vocab_size < config["n_embd"] or seq_len < 2):
-        sys.exit("train.py: count_tokens needs a vocabulary as large as n_embd, and rows of two tokens or more")
-    if (out / "model.pt").exists() and resume == "auto":
-        sys.exit(f"train.py: {out} holds a finished run; choose another out_dir, or --resume=never to overwrite it")
-    if out.exists() and any(out.iterdir()) and not (out / "log.jsonl").exists():
-        sys.exit(f"train.py: {out} holds files that are not of a run; choose another out_dir")
-    ckpt = load_checkpoint(out / "ckpt.pt", config) if (out / "ckpt.pt").exists() and resume == "auto" else None
+    seq_len = meta["seq_len"]
+    mask_id = meta["special_ids"]["mask"]
+    vocab_size = meta["vocab_size"]
+    config = config_of_run(config, globals().keys(), meta)
+    micro = micro_batch_rows(config, world)
+    run = Run(out_dir, config, __file__, FREE_KEYS, resume)
+    ckpt = run.checkpoint
 
+    # the model and its optimizers: from scratch, or from the checkpoint
     torch.manual_seed(seed)
-    try:
-        model = BERT(Config(**{k: config[k] for k in Config.__dataclass_fields__})).to(where)
-    except ValueError as e:
-        sys.exit(f"train.py: {e}")
-    if seq_len > model.config.max_len:
-        sys.exit(f"train.py: the rows have {seq_len} tokens, more than max_len = {model.config.max_len}")
-    model.dtype = pick_dtype(where, dtype)
+    model = build_model(config, seq_len, device)
+    model.dtype = pick_dtype(device, dtype)
     state = {"step": 0, "tokens": 0, "rows": 0, "elapsed": 0.0, "world": world}
     if count_tokens and not ckpt:
-        began = time.monotonic()
-        if rank == 0:
-            begin_with_counts(model, train_rows, count_tokens)
-        for p in model.parameters() if world > 1 else []:
-            dist.broadcast(p.data, 0)
-        state["elapsed"] = time.monotonic() - began
-        print(f"about {min(count_tokens, train_rows.size):,} tokens counted in {state['elapsed']:.1f} s")
-    opts = make_optimizers(model)
-    scaler = torch.amp.GradScaler(where, enabled=model.dtype == torch.float16)
-    if wandb_log and rank == 0:
-        try:
-            import wandb
-        except ImportError:
-            sys.exit("train.py: wandb_log=True needs `pip install wandb`")
-        wandb.init(project="nanocram", name=out.name, config=config, id=str(out).replace("/", "-"), resume=ckpt and "allow")
-
-    def restore(ckpt):
-        model.load_state_dict(ckpt["model"])
-        for opt, saved in zip(opts, ckpt["optimizers"]):
-            opt.load_state_dict(saved)
-        if ckpt["scaler"]:  # empty where that part of the run was not in fp16
-            scaler.load_state_dict(ckpt["scaler"])
-
+        state["elapsed"] = count_neighbours(model, train_rows, count_tokens, rank)
+    betas = (beta1, beta2)
+    opts = make_optimizers(model, optimizer, learning_rate, weight_decay, betas, adam_eps)
+    scaler = torch.amp.GradScaler(device, enabled=model.dtype == torch.float16)
+    wandb = start_wandb(run.folder, config, ckpt) if wandb_log and rank == 0 else None
     if ckpt:
-        restore(ckpt)
-        state = {k: ckpt[k] for k in state}
-        state["world"] = max(state["world"], world)  # devices, at most, in any part of the run: rule 4
-        if ckpt["torch"] != str(torch.__version__):
-            print(f"train.py: warning: the run began with torch {ckpt['torch']}, this is {torch.__version__}")
+        run.restore(ckpt, model, opts, scaler)
+        state = {name: ckpt[name] for name in state}
+        # rule 4 counts the most devices of any part of the run
+        state["world"] = max(state["world"], world)
+        del ckpt
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        if ckpt:
-            # kills must not stretch the budget: what a part of the run took after its last checkpoint counts as well
-            state["elapsed"] = max(state["elapsed"], cut_log(out / "log.jsonl", state["step"]))
-            print(f"continuing {out} at step {state['step']:,}, {state['elapsed'] / 3600:.3f} h into the budget")
-        else:
-            (out / "log.jsonl").write_text("")
-            shutil.copy(folder / "tokenizer.json", out)
-            for name in ("ckpt.pt", "model.pt", "rules.json", "glue.json", "glue.md", "submission.zip"):
-                (out / name).unlink(missing_ok=True)
-            for name in ("submission", "classifiers", "scratch"):
-                shutil.rmtree(out / name, ignore_errors=True)
-        write_json(out / "config.json", config)
-    del ckpt
+        run.begin(state, folder / "tokenizer.json")
 
-    rates = mask_rate, mask_rate_end or mask_rate
-    flops = flops_per_token(model.config, seq_len, n_masked(seq_len, sum(rates) / 2))
-    peak, peak_name = peak_flops(where, model.dtype)
-    exaflop = f", {peak * world * budget_hours * 3600 / 1e18:.3g} exaFLOP"
-    budget = f"{max_steps:,} steps" if max_steps else f"{budget_hours:.3g} h{exaflop}"
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {str(model.dtype)[6:]}; {len(train_rows):,} rows of")
-    print(f"{seq_len} tokens; {budget} at a peak of {peak / 1e12:.1f} TFLOP/s ({world} x {peak_name})")
+    # what the loop reports
+    count = n_masked(seq_len, mask_rate)
+    flops = flops_per_token(model.config, seq_len, count)
+    peak, peak_name = peak_flops(device, model.dtype)
+    describe(model, train_rows, peak, peak_name, world, budget_hours, max_steps)
+    log = Log(run.folder, rank, budget_hours, max_steps)
+    log.wandb = wandb
 
-    log = open(os.devnull if rank else out / "log.jsonl", "a", buffering=1)
-    bar = tqdm(
-        total=max_steps or round(budget_hours * 3600),
-        bar_format="{percentage:3.0f}%|{bar}| {n:.0f}/{total} " + ("steps" if max_steps else "s") + "{postfix}",
-        disable=True if rank else None,  # plain lines where the output is no terminal
-    )
-
-    def write_log(**entry):
-        head = {k: state[k] for k in ("step", "tokens")} | {"hours": state["elapsed"] / 3600, "progress": progress}
-        log.write(json.dumps(head | entry) + "\n")
-        if wandb_log and rank == 0:
-            wandb.log(head | entry, step=state["step"])
-        bar.n = min(state["step"] if max_steps else round(state["elapsed"]), bar.total)
-        if bar.disable or "loss" not in entry:
-            values = ", ".join(f"{k} {v:,.4g}" for k, v in entry.items() if v is not None)
-            tqdm.write(f"step {state['step']:,}, {state['elapsed']:,.0f} s: {values}")
-            sys.stdout.flush()
-        else:
-            values = f"loss {entry['loss'] or math.nan:.3f}, {entry['tokens_per_s']:,.0f} tokens/s, MFU {entry['mfu']:.0%}"
-            bar.set_postfix_str(values)
-
-    # Steps whose loss or gradient is not finite are left out, on the device. So many in a row need help; fp16 begins with
+    # Steps that are not finite are left out. So many of them in a row need help; fp16 begins with
     # some, until its scaler has found a scale.
-    too_many, last_recovery = 20 if scaler.is_enabled() else 3, -math.inf
-    generator = torch.Generator(where)
+    too_many = 20 if scaler.is_enabled() else 3
+    last_recovery = -math.inf
+    streak = grad_norm = torch.zeros((), device=device)
+    forward = model
+    generator = torch.Generator(device)
+    micro_batches = []
+    lr = rows = 0
+    first_step = state["step"]
+    forecast_said = False
     model.train()
-    step_model, batches, first_step, forecast_said = model, [], state["step"], False
-    loss_sum = skipped = streak = grad_norm = torch.zeros((), device=where)
-    lr, rows, steps, tokens = 0.0, 0, 0, 0  # the last two since the last log line, as are loss_sum and skipped
-    timer = time.monotonic()  # start of the log interval; evaluations and checkpoints move it on
-    start = timer - state["elapsed"]
+    interval = Interval(device)
+    start = interval.start - state["elapsed"]
     last_eval = last_checkpoint = state["elapsed"]
+
     while True:
+        # where are we? a signal to any process stops all, and the clock is rank 0's
         now = time.monotonic()
         state["elapsed"] = now - start
-        stop_now, log_now = reason != "", now - timer >= log_seconds
-        save = state["elapsed"] - last_checkpoint >= 60 * checkpoint_minutes
-        if world > 1:  # a signal to anyone stops all, and the clock of rank 0 is everyone's
-            mine = [stop_now, *(x * (rank == 0) for x in (log_now, save, state["elapsed"]))]
-            shared = torch.tensor(mine, dtype=torch.float64)
-            dist.all_reduce(shared, dist.ReduceOp.MAX)
-            stop_now, log_now, save, state["elapsed"] = *map(bool, shared[:3]), shared[3].item()
-        progress = min(state["step"] / max_steps if max_steps else state["elapsed"] / (budget_hours * 3600), 1.0)
+        stop_now, log_now, save_now, state["elapsed"] = ranks.agree(
+            stop.reason != "",
+            now - interval.start >= log_seconds,
+            state["elapsed"] - last_checkpoint >= 60 * checkpoint_minutes,
+            state["elapsed"],
+        )
+        progress = progress_of(state["step"], state["elapsed"], budget_hours, max_steps)
         done = progress >= 1.0
 
         # log
-        if steps and (done or log_now):
-            left_out = int(skipped)  # waits for the device
+        if interval.steps and (done or log_now):
+            loss, speed, skipped = interval.close()
             now = time.monotonic()
-            speed = tokens / max(now - timer, 1e-9)
-            if tokens and not forecast_said and not max_steps:
-                forecast(train_rows, meta, speed, state)
+            if interval.tokens and not forecast_said and not max_steps:
+                left = budget_hours * 3600 - state["elapsed"]
+                forecast(train_rows, meta, speed, state["tokens"], left, budget_hours)
                 forecast_said = True
-            write_log(
-                loss=loss_sum.item() / (steps - left_out) if steps > left_out else None,
+            log.write(
+                state,
+                progress,
+                loss=loss,
                 lr=lr,
                 batch_size=rows,
                 grad_norm=float(grad_norm) if math.isfinite(grad_norm) else None,
                 tokens_per_s=speed,
                 mfu=speed * flops / peak / world,
                 epoch=state["rows"] / len(train_rows),
-                skipped=left_out,
+                skipped=skipped,
             )
-            steps, tokens, timer = 0, 0, now
-            loss_sum, skipped = torch.zeros_like(loss_sum), torch.zeros_like(skipped)
-        if (save or done or stop_now or not steps) and streak >= too_many:
-            if not (out / "ckpt.pt").exists() or state["step"] - int(streak) - last_recovery < 100:
-                sys.exit(
-                    f"train.py: loss or gradient not finite {int(streak)} times in a row, step {state['step']:,}, learning "
-                    f"rate {lr:.3g}, gradient norm {float(grad_norm):.3g}, first module with such an output: "
-                    f"{first_non_finite(model, batches)}; lower learning_rate, or --dtype=float32; "
-                    "what was saved is intact"
-                )
-            ckpt = load_checkpoint(out / "ckpt.pt", config)
-            restore(ckpt)
-            write_log(back_to_step=ckpt["step"], skipped=int(streak))
-            last_recovery, streak = state["step"], torch.zeros_like(streak)
+            interval = Interval(device)
+            now = interval.start
+
+        # go back to the checkpoint if too many steps in a row were not finite; the data move on
+        look = save_now or done or stop_now or not interval.steps
+        if look and streak >= too_many:
+            since_recovery = state["step"] - int(streak) - last_recovery
+            if not run.path.exists() or since_recovery < 100:
+                module = first_non_finite(model, micro_batches)
+                raise Fault(diagnosis(state["step"], int(streak), lr, float(grad_norm), module))
+            ckpt = run.load_checkpoint()
+            run.restore(ckpt, model, opts, scaler)
+            log.write(state, progress, back_to_step=ckpt["step"], skipped=int(streak))
+            last_recovery = state["step"]
+            streak = torch.zeros_like(streak)
             del ckpt
 
         # evaluate
-        if rank == 0 and (done or (state["elapsed"] - last_eval >= 60 * eval_minutes and not stop_now)):
-            val_loss, val_accuracy = evaluate(model, val_rows, mask_id, where)
+        eval_now = state["elapsed"] - last_eval >= 60 * eval_minutes and not stop_now
+        if rank == 0 and (done or eval_now):
+            evaluation = evaluate(model, val_rows, mask_id, device)
             state["elapsed"] = last_eval = time.monotonic() - start
-            write_log(val_loss=val_loss, val_accuracy=val_accuracy, flops=flops * state["tokens"])
+            log.write(state, progress, **evaluation, flops=flops * state["tokens"])
 
         # save
-        if save or done or stop_now:
+        if save_now or done or stop_now:
             if rank == 0:
-                parts = {
-                    "model": model.state_dict(),
-                    "optimizers": [opt.state_dict() for opt in opts],
-                    "scaler": scaler.state_dict(),
-                }
-                torch_save(out / "ckpt.pt", {**parts, **state, "config": config, "torch": str(torch.__version__)})
+                run.save(state, model, opts, scaler)
             last_checkpoint = state["elapsed"]
 
         # stop
         if done:
             break
         if stop_now:
-            if world > 1:
-                dist.barrier()  # rank 0 has saved
-                dist.destroy_process_group()
+            ranks.finish()
             how = "the same command" if resume == "auto" else "--resume=auto"
-            further = f", {how} continues" if reason in ("stopped", "") else ""  # as it is, it would be out of memory again
-            sys.exit(f"train.py: {reason or 'stopped'}; saved at step {state['step']:,}{further}")
-        timer += time.monotonic() - now
+            # out of memory, the same command would be out of memory again
+            more = f", {how} continues" if stop.reason in ("stopped", "") else ""
+            raise Fault(f"{stop.reason or 'stopped'}; saved at step {state['step']:,}{more}")
+        interval.start += time.monotonic() - now
+
+        # the next batch: masks and dropout depend on seed and step alone, not on interruptions, and
+        # masks not on how the batch is split
+        lr = learning_rate * learning_rate_factor(
+            progress, schedule, warmup, cooldown, triangle_base
+        )
+        set_learning_rate(opts, lr)
+        rows = batch_rows(progress, batch_size, batch_ramp, batch_ramp_rows)
+        ids = next_rows(train_rows, state["rows"], rows, device)
+        step_seed = int(np.random.SeedSequence([seed, state["step"]]).generate_state(1)[0])
+        generator.manual_seed(step_seed)
+        batch = mask_tokens(ids, count, mask_id, vocab_size, generator, mask_80_10_10)
+        micro_batches = split_batch(batch, micro, rank, world)
 
         # step
-        lr = learning_rate * learning_rate_factor(progress)
-        for group in [group for opt in opts for group in opt.param_groups]:
-            group["lr"] = lr
-        rows = batch_rows(progress)
-        ids = next_rows(train_rows, state["rows"], rows, where)
-        # masks and dropout depend on seed and step alone: not on interruptions, nor masks on how the batch is split
-        step_seed = int(np.random.SeedSequence([seed, state["step"]]).generate_state(1)[0])
-        count = n_masked(seq_len, rates[0] + (rates[1] - rates[0]) * progress)
-        room = n_masked(seq_len, max(rates))  # so that shapes stay what they were compiled for
-        inputs, positions, targets = mask_tokens(
-            ids, count, mask_id, vocab_size, generator.manual_seed(step_seed), mask_80_10_10, room
-        )
-        mine = slice(rows // world * rank, rows // world * (rank + 1))
-        parts = zip(*(x[mine].split(micro) for x in (inputs, positions, targets)))
-        batches = [(i, flat(p, seq_len), t.flatten()) for i, p, t in parts]
-        step_loss = torch.zeros((), device=where)
         try:
             if compile and state["step"] == first_step:
-                step_model = compiled(model, lambda loss, share=micro / rows: scaler.scale(loss * share), *batches[0])
+                fraction = micro / rows
+                scale = lambda loss: scaler.scale(loss * fraction)  # noqa: B023, E731
+                forward = compile_checked(model, scale, *micro_batches[0])
             torch.manual_seed(step_seed + 1 + rank)
-            for batch in batches:
-                if reason and world == 1:
-                    break
-                loss = step_model(*batch) * (micro / rows)
-                scaler.scale(loss).backward()
-                step_loss += loss.detach()
+            result = training_step(model, forward, opts, scaler, micro_batches, grad_clip, stop)
         except RuntimeError as e:
-            if not no_memory(e):
+            if not is_out_of_memory(e):
                 raise
-            reason = out_of_memory(micro)
+            stop.reason = out_of_memory_advice(micro)
             if world > 1:  # the others wait for this process's gradients
-                sys.exit(f"train.py: {reason}; what was saved before is intact")
-        if reason and world == 1:  # do not let a large batch delay the checkpoint; this step is done again, from its start
+                raise Fault(f"{stop.reason}; what was saved before is intact") from e
+            result = None
+        if result is None:  # save first; the step is done again, from its start
             model.zero_grad(set_to_none=True)
             continue
-        if world > 1:  # by hand, once a step: DDP would add hooks, a wrapper, and other names to save five lines
-            for tensor in [step_loss, *(p.grad for p in model.parameters())]:
-                dist.all_reduce(tensor)
-        for opt in opts:
-            scaler.unscale_(opt)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        bad = ~(step_loss.isfinite() & grad_norm.isfinite())
-        for opt in opts:
-            opt.found_inf = bad.float()  # both leave such a step out; scaler.step would ask each optimizer's own gradients
-            if where != "mps" or not bad:  # whose fused step ignores found_inf
-                opt.step()
-        scaler.update()
-        model.zero_grad(set_to_none=True)
-        loss_sum = loss_sum + step_loss.where(~bad, 0.0)
-        skipped = skipped + bad
-        streak = (streak + 1) * bad
+        loss, grad_norm, is_bad = result
+        streak = (streak + 1) * is_bad
+        interval.add(loss, is_bad, rows * seq_len)
+
+        # count
         if (state["rows"] + rows) // len(train_rows) > state["rows"] // len(train_rows):
-            tqdm.write(f"the corpus ends at step {state['step']:,}; it starts again, with other masks")
+            step = f"{state['step']:,}"
+            tqdm.write(f"the corpus ends at step {step}; it starts again, with other masks")
         state["step"] += 1
         state["tokens"] += rows * seq_len
         state["rows"] += rows
-        steps, tokens = steps + 1, tokens + rows * seq_len
         if state["step"] == first_step + 1 and log_seconds:
-            step_loss.item()  # waits for the device; the first step compiles, so its time says nothing about the speed
-            tokens, timer = 0, time.monotonic()
+            # the first step compiles, so its time says nothing about the speed
+            loss.item()
+            interval.tokens = 0
+            interval.start = time.monotonic()
 
-    bar.close()
+    # the end
+    log.close()
     if rank == 0:
-        record = rules_record(meta["settings"], count_tokens, state["elapsed"] / 3600, where, state["world"])
-        write_json(out / "rules.json", record)
-        torch_save(out / "model.pt", {"config": vars(model.config), "model": model.state_dict()})
-        used, hours = flops * state["tokens"], state["elapsed"] / 3600
-        print(
-            f"{out / 'model.pt'}: val_loss {val_loss:.3f} nats after {hours:.3f} h, {state['step']:,} steps, "
-            f"{state['tokens'] / 1e6:.1f} M tokens, {used / 1e18:.3g} exaFLOP, "
-            f"{used / (peak * world * max(hours * 3600, 1e-9)):.0%} of the peak"
-        )
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        hours = state["elapsed"] / 3600
+        record = rules_record(meta["settings"], count_tokens, hours, device, state["world"])
+        write_json(run.folder / "rules.json", record)
+        path = run.folder / "model.pt"
+        save_torch(path, {"config": vars(model.config), "model": model.state_dict()})
+        used = flops * state["tokens"]
+        of_peak = used / (peak * world * max(state["elapsed"], 1e-9))
+        work = describe_work(state, used, of_peak)
+        print(f"{path}: val_loss {evaluation['val_loss']:.3f} nats {work}")
+    ranks.finish()
 
 
 if __name__ == "__main__":
-    config = configure(__file__, also=["model.py"])
-    globals().update({k: v for k, v in config.items() if k in globals()})
-    try:
-        main(config)
-    except RuntimeError as e:
-        if not no_memory(e):
-            raise
-        what = "the model for this device, or count_tokens for this machine"
-        sys.exit(f"train.py: out of memory before or after a step: {what} is too large; what was saved before is intact")
-    except OSError as e:
-        sys.exit(f"train.py: {e.strerror or e}: {e.filename or out_dir}; what was saved before is intact")
+    run_script(
+        lambda: main(configure(globals())),
+        kept="what was saved before is intact",
+        out_of_memory="before or after a step: the model, or count_tokens, is too large here",
+    )

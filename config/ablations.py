@@ -1,25 +1,32 @@
-# The paper's study, one entry a row: what it changes in the crammed recipe. All three stages take --ablation=NAME, and
-# sweep.py runs many: python train.py config/crammed.py --ablation=rotary
+# The paper's study, one entry per row: what it changes in the crammed recipe. All three stages take
+# --ablation=NAME (python train.py config/crammed.py --ablation=rotary), and tools.sweep runs many.
 #
-# The file is run with the keys of the config as its variables. So an entry says `n_layer // 2`, and means half the layers
-# of whatever it is applied to, after --scale=cpu as well. "[repo]" is the authors' code, see config/crammed.py.
+# This file is run with the keys of the config as its variables. So an entry says `n_layer // 2`,
+# and that means half the layers of any recipe, also after --scale=cpu. "[repo]" is the authors'
+# code, see config/crammed.py.
 
 
 def _heads(n):
-    """The width that n heads of the same size make, and a feed-forward layer in proportion."""
+    """Return the width that n heads of the same size make, and its feed-forward layer."""
     return {"n_head": n, "n_embd": n_embd // n_head * n, "n_inner": n_inner // n_head * n}
 
 
+def _batch(parts):
+    """Return the rows of that part of the batch, or of one micro-batch if it is larger."""
+    return max(batch_size // parts, micro_batch_size)
+
+
 scales = {
-    # Minutes of two CPU cores: a third of the width, a quarter of the layers and of the vocabulary, a 128th of the batch.
-    # Rotary positions, since with the scaled sinusoid attention does not begin to pay in so short a time (results/).
+    # Minutes of two CPU cores: a third of the width, a quarter of the layers and of the
+    # vocabulary, a 128th of the batch. Rotary positions, since with the scaled sinusoid attention
+    # does not begin to pay in so short a time (results/README.md).
     "cpu": {
         "out_dir": f"{out_dir}_cpu",
         "dataset": f"{dataset}_cpu",
         "max_chars": 50_000_000,  # about an epoch
         "max_rows": 0,
         "vocab_size": vocab_size // 4,
-        "filter_ratio": 1.2 * filter_ratio,  # fewer entries, more tokens
+        "filter_ratio": 1.2 * filter_ratio,  # a smaller vocabulary makes more tokens
         "val_rows": 1024,
         "n_layer": n_layer // 4,
         **_heads(n_head // 3),
@@ -39,7 +46,8 @@ scales = {
     },
 }
 
-_minimal_architecture = {  # what makes BERT train in a day: pre-norm; [repo: arch crammed-bert-simple]
+# BERT with what lets it train in a day, pre-norm [repo: arch crammed-bert-simple]
+_minimal_architecture = {
     "n_layer": n_layer * 3 // 4,
     "bias": True,
     "glu": False,
@@ -49,14 +57,16 @@ _minimal_architecture = {  # what makes BERT train in a day: pre-norm; [repo: ar
     "decoder_bias": True,
 }
 architecture = {
-    "original_architecture": _minimal_architecture | {"norm_place": "post", "token_types": 2},  # BERT's
+    # BERT's
+    "original_architecture": _minimal_architecture | {"norm_place": "post", "token_types": 2},
     "minimal_architecture": _minimal_architecture,
     "fourier": {"attention": "fourier", "position": "scaled_sinusoidal"},
     "flash": {"attention": "flash"},
     "two_thirds_of_heads": {"n_head": max(n_head * 2 // 3, 1)},
     "third_of_heads": {"n_head": max(n_head // 3, 1)},
     "one_head": {"n_head": 1},
-    "scaled_sinusoidal_positions": {"position": "scaled_sinusoidal"},  # the paper's; a change after --scale=cpu alone
+    # the paper's positions; this changes something only after --scale=cpu
+    "scaled_sinusoidal_positions": {"position": "scaled_sinusoidal"},
     "rotary": {"position": "rotary"},
     "learned_positions": {"position": "learned"},
     "sinusoidal_positions": {"position": "sinusoidal"},
@@ -76,7 +86,8 @@ architecture = {
     "head_transform": {"head_transform": True},
     "decoder_bias": {"decoder_bias": True},
     "untied": {"tie_weights": False},
-    # the ladder of sizes, all for the same time; at full scale 2 to 24 layers, and widths of 256 to 1,024
+    # the ladder of sizes, all trained for the same time; at full scale 2 to 24 layers, and widths
+    # of 256 to 1,024
     "eighth_depth": {"n_layer": max(n_layer // 8, 1)},
     "quarter_depth": {"n_layer": max(n_layer // 4, 1)},
     "half_depth": {"n_layer": max(n_layer // 2, 1)},
@@ -88,7 +99,8 @@ architecture = {
     "four_thirds_width": _heads(round(n_head * 4 / 3)),
 }
 
-_original_training = {  # BERT's, its schedule tied to the budget
+# BERT's training, with its schedule tied to the budget
+_original_training = {
     "optimizer": "adam",
     "learning_rate": learning_rate / 10,
     "beta2": 0.999,
@@ -96,7 +108,7 @@ _original_training = {  # BERT's, its schedule tied to the budget
     "grad_clip": 0.0,
     "dropout": 0.1,
     "mask_rate": 0.15,
-    "batch_size": max(batch_size // 16, micro_batch_size),
+    "batch_size": _batch(16),
     "batch_ramp": 0.0,
     "schedule": "cosine",
     "warmup": 0.06,
@@ -130,14 +142,14 @@ training = {
     "counted_embedding": {"count_tokens": 25_000_000, "decoder_bias": True},
     # at full scale 8,192, 4,096, 2,048, 1,024 and 512 rows
     "no_batch_ramp": {"batch_ramp": 0.0},
-    "half_batch": {"batch_size": max(batch_size // 2, micro_batch_size)},
-    "half_batch_no_ramp": {"batch_size": max(batch_size // 2, micro_batch_size), "batch_ramp": 0.0},
-    "quarter_batch": {"batch_size": max(batch_size // 4, micro_batch_size)},
-    "quarter_batch_no_ramp": {"batch_size": max(batch_size // 4, micro_batch_size), "batch_ramp": 0.0},
-    "eighth_batch": {"batch_size": max(batch_size // 8, micro_batch_size)},
-    "eighth_batch_no_ramp": {"batch_size": max(batch_size // 8, micro_batch_size), "batch_ramp": 0.0},
-    "sixteenth_batch": {"batch_size": max(batch_size // 16, micro_batch_size)},
-    "sixteenth_batch_no_ramp": {"batch_size": max(batch_size // 16, micro_batch_size), "batch_ramp": 0.0},
+    "half_batch": {"batch_size": _batch(2)},
+    "half_batch_no_ramp": {"batch_size": _batch(2), "batch_ramp": 0.0},
+    "quarter_batch": {"batch_size": _batch(4)},
+    "quarter_batch_no_ramp": {"batch_size": _batch(4), "batch_ramp": 0.0},
+    "eighth_batch": {"batch_size": _batch(8)},
+    "eighth_batch_no_ramp": {"batch_size": _batch(8), "batch_ramp": 0.0},
+    "sixteenth_batch": {"batch_size": _batch(16)},
+    "sixteenth_batch_no_ramp": {"batch_size": _batch(16), "batch_ramp": 0.0},
 }
 
 data = {
@@ -150,7 +162,7 @@ data = {
     "reverse_unigram_order": {"order": "reverse_unigram"},
     "word_length_order": {"order": "word_length"},
     "fragment_order": {"order": "fragment"},
-    "dedup": {"dedup_tokens": 18},  # 75 bytes
+    "dedup": {"dedup_tokens": 18},  # about 75 bytes
     "with_cls": {"insert_cls": True},
     "without_sep": {"insert_sep": False},
     # unfiltered: a small vocabulary needs more tokens for the same text
@@ -168,7 +180,8 @@ _sources = {
     ],
     "c4": [{"path": "allenai/c4", "name": "en", "split": "train"}],
     "pile_deduplicated": [{"path": "EleutherAI/the_pile_deduplicated", "split": "train"}],
-    "pile_natural_text": [  # the authors' list; this copy of the Pile is without Books3
+    # the authors' list; this copy of the Pile lacks Books3
+    "pile_natural_text": [
         {
             "path": "monology/pile-uncopyrighted",
             "split": "train",
@@ -177,12 +190,19 @@ _sources = {
     ],
     "oscar": [{"files": "oscar/*.jsonl.zst", "column": "content"}],
 }
-for _name, _entries in _sources.items():  # as they are (of the first: the paper's "original data"), filtered, and sorted too
+# Each source as it is (the first one is the paper's "original data"), filtered, and sorted as well
+for _name, _entries in _sources.items():
     data[f"{_name}_raw"] = {"sources": _entries, "filter_ratio": 0.0, "order": "shuffle"}
     data[f"{_name}_filtered"] = {"sources": _entries, "order": "shuffle"}
     data[_name] = {"sources": _entries}
 
-ablations = {
-    name: {"out_dir": f"{out_dir}_{name}"} | ({"dataset": f"{dataset}_{name}"} if name in data else {}) | changes
-    for name, changes in (architecture | training | data).items()
-}
+# Each entry has folders of its own
+ablations = {}
+for _name, _changes in (architecture | training).items():
+    ablations[_name] = {"out_dir": f"{out_dir}_{_name}", **_changes}
+for _name, _changes in data.items():
+    ablations[_name] = {
+        "out_dir": f"{out_dir}_{_name}",
+        "dataset": f"{dataset}_{_name}",
+        **_changes,
+    }

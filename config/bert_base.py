@@ -1,4 +1,5 @@
-# BERT-base (Devlin et al. 2019) trained in a wall-clock budget: the original architecture and optimizer, cosine to zero.
+# BERT-base (Devlin et al. 2019), trained in a wall-clock budget: the original architecture and
+# optimizer, and a cosine that reaches zero when the budget ends.
 exec(open("config/crammed.py").read())
 out_dir = "out/bert_base"
 

@@ -1,5 +1,6 @@
-# The fully trained BERT-base from the hub under the same protocol, with the paper's setting for it (batch 32, 2e-5):
-# python finetune_glue.py config/bert_base_eval.py. With --out_dir=out/crammed it is a row of that run's card.
+# The fully trained BERT-base from the hub, under the same protocol, with the paper's settings for
+# it (batch 32, learning rate 2e-5). With --out_dir=out/crammed its scores become a row of that
+# run's scorecard: python finetune_glue.py config/bert_base_eval.py
 exec(open("config/bert_base.py").read())
 out_dir = "out/bert_base_eval"
 

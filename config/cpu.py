@@ -1,9 +1,10 @@
-# Real work on a CPU in half an hour: crammed BERT at 4 x 256, with rotary positions in place of the paper's sinusoid, with
-# which attention begins to pay within the first minutes: results/README.md has the curve.
+# Real work on a CPU in half an hour: crammed BERT with 4 layers of width 256. Rotary positions
+# replace the paper's sinusoid: with them attention begins to pay within the first minutes
+# (results/README.md has the curve).
 exec(open("config/crammed.py").read())
 out_dir = "out/cpu"
 
-# 100 MB of Wikipedia; a folder takes its place with --sources=FOLDER
+# 100 MB of Wikipedia; --sources=FOLDER reads a folder instead
 dataset = "cpu"
 sources = [{"path": "wikimedia/wikipedia", "name": "20231101.en", "split": "train"}]
 max_chars = 100_000_000
@@ -29,4 +30,5 @@ eval_minutes = 2.5
 checkpoint_minutes = 5.0
 
 glue_learning_rate = 2e-4  # 4e-5 suits 120 M parameters
-glue_pooling = "mean"  # rows of pretraining have no <cls>; so small a model does not learn to use it in 5 epochs
+# The rows of pretraining have no <cls>; a model this small does not learn to use it in 5 epochs.
+glue_pooling = "mean"

@@ -1,5 +1,6 @@
-# config/cpu.py with the batches and the rate that suit half an hour of two slow cores, 10 M tokens, better: the baseline of
-# config/nanocram_cpu.py. `sweep.py cpu_tuned cpu_tuned+scaled_sinusoidal_positions ...` has it with the paper's positions.
+# config/cpu.py with batches and a learning rate that suit half an hour of two slow cores (10
+# million tokens) better. This is the baseline of config/nanocram_cpu.py. The entry
+# cpu_tuned+scaled_sinusoidal_positions of tools.sweep is the same with the paper's positions.
 exec(open("config/cpu.py").read())
 out_dir = "out/cpu_tuned"
 

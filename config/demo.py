@@ -1,5 +1,6 @@
-# `make demo`: all three stages offline and in minutes on two cores. Crammed BERT at 4 x 256 with rotary positions, on the
-# documentation inside the installed Python packages.
+# `make demo`: all three stages, offline, in a few minutes on two cores. Crammed BERT with 4
+# layers of width 256 and rotary positions, on the documentation inside the installed Python
+# packages.
 exec(open("config/cpu.py").read())
 out_dir = "out/demo"
 

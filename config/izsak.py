@@ -1,4 +1,5 @@
-# 24-hour BERT (Izsak et al. 2021, arXiv 2104.07705): BERT-large with pre-norm, a high learning rate, linear to zero in time.
+# 24-hour BERT (Izsak et al. 2021, arXiv 2104.07705): BERT-large with pre-norm and a high learning
+# rate, which falls linearly to zero when the budget ends.
 exec(open("config/bert_base.py").read())
 out_dir = "out/izsak"
 

@@ -1,242 +1,438 @@
-"""What finetune_glue.py scores: GLUE's tasks, the offline ones of the docs corpus, and one's own; their metrics."""
+"""Tasks, their files, and their metrics: GLUE, the offline tasks of the docs corpus, and one's own.
+
+`load_task` reads a task from the official download, from the hub, or from one's own files.
+`write_predictions` and `zip_predictions` write the test sets' answers for the GLUE server.
+"""
 
 import json
 import math
-import sys
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
 
-from configurator import one_line, replace_file
-from scorecard import DOCS, NINE
+from nanocram.docs_corpus import TASKS
+from nanocram.faults import Fault, one_line, replace_file
 
-# task: (folder, columns of the texts, of the label, labels in the hub's order or [] for regression, metric, rows of train,
-# of the dev sets together, of each test set). The columns are the official download's; HUB_COLUMNS where the hub's differ.
+
+class GlueTask(NamedTuple):
+    """A task of GLUE, as the official download has it."""
+
+    folder: str
+    columns: list  # of the one or two texts
+    label: str  # column of the label
+    labels: list  # in the hub's order; [] for regression
+    metric: str
+    n_train: int  # examples
+    n_dev: int  # examples in all dev sets together
+    n_test: list  # examples in each test set
+
+
+SENTENCE = ["sentence"]
+SENTENCES = ["sentence1", "sentence2"]
+BINARY = ["0", "1"]
 YES_NO = ["entailment", "not_entailment"]
+NLI = ["entailment", "neutral", "contradiction"]
 GLUE = {
-    "cola": ("CoLA", ["sentence"], "label", ["0", "1"], "matthews", 8551, 1043, [1063]),
-    "sst2": ("SST-2", ["sentence"], "label", ["0", "1"], "accuracy", 67349, 872, [1821]),
-    "mrpc": ("MRPC", ["#1 String", "#2 String"], "Quality", ["0", "1"], "f1", 3668, 408, [1725]),
-    "stsb": ("STS-B", ["sentence1", "sentence2"], "score", [], "pearson", 5749, 1500, [1379]),
-    "qqp": ("QQP", ["question1", "question2"], "is_duplicate", ["0", "1"], "f1", 363846, 40430, [390965]),
-    "mnli": ("MNLI", ["sentence1", "sentence2"], "gold_label", ["entailment", "neutral", "contradiction"], "accuracy",
-             392702, 19647, [9796, 9847]),
-    "qnli": ("QNLI", ["question", "sentence"], "label", YES_NO, "accuracy", 104743, 5463, [5463]),
-    "rte": ("RTE", ["sentence1", "sentence2"], "label", YES_NO, "accuracy", 2490, 277, [3000]),
-    "wnli": ("WNLI", ["sentence1", "sentence2"], "label", ["0", "1"], "accuracy", 635, 71, [146]),
+    "cola": GlueTask("CoLA", SENTENCE, "label", BINARY, "matthews", 8551, 1043, [1063]),
+    "sst2": GlueTask("SST-2", SENTENCE, "label", BINARY, "accuracy", 67349, 872, [1821]),
+    "mrpc": GlueTask("MRPC", ["#1 String", "#2 String"], "Quality", BINARY, "f1",
+                     3668, 408, [1725]),
+    "stsb": GlueTask("STS-B", SENTENCES, "score", [], "pearson", 5749, 1500, [1379]),
+    "qqp": GlueTask("QQP", ["question1", "question2"], "is_duplicate", BINARY, "f1",
+                    363846, 40430, [390965]),
+    "mnli": GlueTask("MNLI", SENTENCES, "gold_label", NLI, "accuracy", 392702, 19647, [9796, 9847]),
+    "qnli": GlueTask("QNLI", ["question", "sentence"], "label", YES_NO, "accuracy",
+                     104743, 5463, [5463]),
+    "rte": GlueTask("RTE", SENTENCES, "label", YES_NO, "accuracy", 2490, 277, [3000]),
+    "wnli": GlueTask("WNLI", SENTENCES, "label", BINARY, "accuracy", 635, 71, [146]),
 }  # fmt: skip
-HUB_COLUMNS = {"mrpc": ["sentence1", "sentence2"], "mnli": ["premise", "hypothesis"]}
-AX_ROWS = 1104  # the diagnostic set, answered by the MNLI model
+# the nine numbers of the GLUE average, which leaves out wnli
+NINE = ["mnli", "mnli_mm", "sst2", "stsb", "rte", "qnli", "qqp", "mrpc", "cola"]
+# columns of the texts on the hub, if they are named differently there
+HUB_COLUMNS = {"mrpc": SENTENCES, "mnli": ["premise", "hypothesis"]}
+AX_ROWS = 1104  # examples of the diagnostic set, which the MNLI model answers
 HINT = "; gluebenchmark.com/tasks has it, --glue_dir='' reads the hub"
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Metrics of predictions p and labels y, in percent; 0 where a constant leaves nothing to correlate
+# --------------------------------------------------------------------------------------------------
+# Metrics of predictions p and labels y, in percent; 0 if a constant leaves nothing to correlate
 
 
 def matthews(p, y):
-    """For two classes or more (Gorodkin 2004), which is the R3 of the diagnostic set."""
+    """Return the correlation of two or more classes (Gorodkin 2004), R3 of the diagnostic set."""
     classes = np.union1d(p, y)
-    n_p, n_y = np.array([[(x == c).sum() for c in classes] for x in (p, y)], dtype=float)
-    spread = math.sqrt((len(y) ** 2 - n_p @ n_p) * (len(y) ** 2 - n_y @ n_y))
-    return 100 * float((p == y).sum() * len(y) - n_p @ n_y) / spread if spread else 0.0
+    n_p = np.array([(p == c).sum() for c in classes], dtype=float)
+    n_y = np.array([(y == c).sum() for c in classes], dtype=float)
+    # both of these, and the covariance, are times the square of the number of examples
+    n = len(y)
+    variance_p = n**2 - n_p @ n_p
+    variance_y = n**2 - n_y @ n_y
+    spread = math.sqrt(variance_p * variance_y)
+    if not spread:
+        return 0.0
+    covariance = (p == y).sum() * n - n_p @ n_y
+    return 100 * float(covariance) / spread
 
 
 def f1(p, y):
-    hits, wrong = int(((p == 1) & (y == 1)).sum()), int((p != y).sum())
-    return 100 * 2 * hits / (2 * hits + wrong) if hits else 0.0
+    """Return the F1 of class 1."""
+    both = (p == 1) & (y == 1)
+    hits = int(both.sum())
+    wrong = int((p != y).sum())
+    if not hits:
+        return 0.0
+    return 100 * 2 * hits / (2 * hits + wrong)
 
 
 def accuracy(p, y):
+    """Return the fraction of equal classes."""
     return 100 * float((p == y).mean())
 
 
+def varies(p, y):
+    """Return whether a correlation of two vectors is defined."""
+    return np.ptp(p) > 0 and np.ptp(y) > 0
+
+
 def pearson(p, y):
-    return 100 * float(stats.pearsonr(p, y)[0]) if np.ptp(p) > 0 and np.ptp(y) > 0 else 0.0
+    """Return the linear correlation of two vectors of values."""
+    if not varies(p, y):
+        return 0.0
+    return 100 * float(stats.pearsonr(p, y)[0])
 
 
 def spearman(p, y):
-    return 100 * float(stats.spearmanr(p, y)[0]) if np.ptp(p) > 0 and np.ptp(y) > 0 else 0.0
+    """Return the correlation of the ranks of two vectors of values."""
+    if not varies(p, y):
+        return 0.0
+    return 100 * float(stats.spearmanr(p, y)[0])
 
 
-METRICS = {"matthews": matthews, "f1": f1, "accuracy": accuracy, "pearson": pearson, "spearman": spearman}
-ALSO = {"f1": "accuracy", "pearson": "spearman"}  # GLUE's second metrics: in glue.json, beside the one that counts
+METRICS = {
+    "matthews": matthews,
+    "f1": f1,
+    "accuracy": accuracy,
+    "pearson": pearson,
+    "spearman": spearman,
+}
+# GLUE's second metric, which glue.json has next to the one that counts
+ALSO = {"f1": "accuracy", "pearson": "spearman"}
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tasks. An example is (text, second text or None, label); the label is None in a test set
+# --------------------------------------------------------------------------------------------------
+# Tasks
 
 
 @dataclass
 class Task:
+    """A task with its examples. An example is (text, second text or None, label).
+
+    After load_task a label is a class number, or a value in a regression. A test set has None.
+    """
+
     name: str
     train: list
     dev: dict  # {name on the card: examples}
-    test: dict  # {file name for the GLUE server: examples}
-    labels: list  # [] for regression
+    labels: list  # names of the classes; [] for regression
     metric: str
-    partial: bool = False  # whether rows of train or dev are missing
+    test: dict = field(default_factory=dict)  # {name of the GLUE server's file: examples}
+    partial: bool = False  # whether examples of train or dev are missing
 
 
-def read_table(path, columns, label, header=None, hint=""):
-    """The examples of a .jsonl, or of a tab-separated file without quoting. Rows with missing fields (QQP has some) are
-    counted and left out; in a test set (label None) they stay, as the server counts rows."""
-    if not path.exists():
-        sys.exit(f"finetune_glue.py: {path} is missing{hint}; or leave its task out of `tasks`")
-    examples, skipped, wanted = [], 0, [*columns, label] if label else columns
-    with open(path, encoding="utf-8-sig", errors="replace", newline="\n") as f:
-        if path.suffix == ".jsonl":
-            try:
-                rows = [dict(json.loads(line)) for line in f if line.strip()]
-            except (ValueError, TypeError) as e:
-                sys.exit(f"finetune_glue.py: {path} has a line that is not a JSON object: {e}")
-            header = list(rows[0]) if rows else []
-        else:
-            lines = (line.rstrip("\r\n").split("\t") for line in f)
-            header = header or next(lines, [])
-            rows = (dict(zip(header, line)) for line in lines)
-        if missing := [c for c in wanted if c not in header]:
-            sys.exit(f"finetune_glue.py: {path} has no column {missing[0]!r}; its header is {', '.join(header)[:200]!r}")
-        for row in rows:
-            fields = [row.get(c) for c in wanted]
-            if label and (None in fields or fields[-1] == ""):
-                skipped += 1
-                continue
-            texts = ["" if x is None else str(x) for x in fields[: len(columns)]]
-            examples.append((texts[0], texts[1] if len(texts) == 2 else None, fields[-1] if label else None))
-    if skipped:
-        print(f"finetune_glue.py: {path}: {skipped} rows with missing fields were left out")
-    return examples
+def load_tasks(entries, glue_dir, dataset="", submit=False):
+    """Yield the Task of each entry of `tasks`. Raise Fault if two of them have one name.
+
+    The entry "ax" gives the task "mnli" the diagnostic set. The rest is as in load_task.
+    """
+    names = []
+    for entry in entries:
+        name = entry.get("name") if isinstance(entry, dict) else entry
+        if name in names:
+            raise Fault(f"`tasks` has two of the name {name!r}")
+        names.append(name)
+    ax = "ax" in names
+    if ax and "mnli" not in names:
+        raise Fault("the model of mnli answers ax; add mnli to `tasks`")
+    for entry in entries:
+        if entry != "ax":
+            yield load_task(entry, glue_dir, dataset, submit, ax)
+
+
+def load_task(entry, glue_dir, dataset="", submit=False, ax=False):
+    """Return the Task of an entry of `tasks`. Raise Fault if it cannot be read.
+
+    glue_dir: a local copy of GLUE, or "" for the hub. dataset: the corpus of the offline tasks.
+    submit: with the test sets. ax: MNLI with the diagnostic set.
+    """
+    # read the texts and the names of the labels
+    if isinstance(entry, dict):
+        task = load_own(entry)
+    elif isinstance(entry, str) and entry in GLUE:
+        task = load_glue(entry, glue_dir, submit, ax and entry == "mnli")
+    elif isinstance(entry, str) and entry in TASKS:
+        task = load_docs(entry, dataset)
+    else:
+        known = ", ".join([*GLUE, "ax", *TASKS])
+        raise Fault(f"there is no task {entry!r}; known are {known}, and dicts")
+
+    # turn the labels into numbers
+    if not all([task.train, *task.dev.values()]):
+        raise Fault(f"{task.name} has a part without examples")
+    try:
+        task.train = with_numbers(task.train, task.labels)
+        for name, examples in task.dev.items():
+            task.dev[name] = with_numbers(examples, task.labels)
+    except ValueError as e:
+        known = task.labels or "the numbers"
+        raise Fault(f"{task.name} has a label that is not one of {known}: {e}") from e
+    return task
+
+
+def with_numbers(examples, labels):
+    """Return the examples with class numbers or values as labels.
+
+    Raise ValueError for a label that is not one of `labels`, or no number.
+    """
+    if labels:
+        return [(a, b, labels.index(str(y))) for a, b, y in examples]
+    return [(a, b, float(y)) for a, b, y in examples]
+
+
+def load_glue(name, folder, submit, ax):
+    """Return a GLUE task. submit: with its test sets. ax: with the diagnostic set."""
+    # MNLI has two dev sets, one on the genres of the training set and one on others
+    spec = GLUE[name]
+    dev_parts = {name: "dev"}
+    test_parts = {spec.folder: "test"}
+    if name == "mnli":
+        dev_parts = {"mnli": "dev_matched", "mnli_mm": "dev_mismatched"}
+        test_parts = {"MNLI-m": "test_matched", "MNLI-mm": "test_mismatched"}
+    train = load_part(name, "train", folder)
+    dev = {key: load_part(name, part, folder) for key, part in dev_parts.items()}
+    task = Task(name, train, dev, spec.labels, spec.metric)
+    n_dev = sum(map(len, dev.values()))
+    task.partial = len(train) < spec.n_train or n_dev < spec.n_dev
+
+    # the server takes complete test sets only
+    if submit:
+        for (file, part), n_test in zip(test_parts.items(), spec.n_test):
+            task.test[file] = load_part(name, part, folder)
+            require_rows(file, task.test[file], n_test)
+    if ax:
+        examples, has_labels = load_diagnostic(folder)
+        if has_labels:
+            task.dev["ax"] = examples
+        task.test["AX"] = [(a, b, None) for a, b, _ in examples]
+        if submit:
+            require_rows("AX", examples, AX_ROWS)
+    return task
+
+
+def require_rows(file, examples, n_test):
+    if len(examples) != n_test:
+        found = f"{file}'s test set has {len(examples)} rows"
+        raise Fault(f"{found}, the GLUE server wants {n_test}")
+
+
+def load_docs(name, dataset):
+    """Return an offline task of the docs corpus, as data/<dataset>/tasks has it."""
+    folder = Path("data") / dataset / "tasks" / name
+    train = read_table(folder / "train.tsv", TASKS[name], "label")
+    dev = read_table(folder / "dev.tsv", TASKS[name], "label")
+    labels = sorted({y for _, _, y in train})
+    return Task(name, train, {name: dev}, labels, "accuracy")
+
+
+def load_own(entry):
+    """Return the task that a dict describes: name, train, dev, columns, label, labels, metric.
+
+    train, dev: .tsv or .jsonl files. columns: of one or two texts. label: the column of the label.
+    labels: its values in order, by default sorted; the second one is the positive one for f1.
+    """
+    # check the keys; a name may not be that of another task, since scores are kept by name
+    entry = {"label": "label", "metric": "accuracy", "labels": [], **entry}
+    keys = {"name", "train", "dev", "columns", "label", "labels", "metric"}
+    if entry.keys() != keys or len(entry["columns"]) not in (1, 2):
+        wanted = "name, train, dev, columns (one or two), label, labels, metric"
+        raise Fault(f"an own task has {wanted}; not {entry}")
+    name = entry["name"]
+    metric = entry["metric"]
+    if metric not in METRICS or name in [*NINE, "wnli", "ax", *TASKS]:
+        known = ", ".join(METRICS)
+        raise Fault(f"the task {name!r} needs a name of its own, and a metric of {known}")
+
+    # read the files; a metric of values needs no labels
+    columns = entry["columns"]
+    train = read_table(entry["train"], columns, entry["label"])
+    dev = read_table(entry["dev"], columns, entry["label"])
+    labels = [str(y) for y in entry["labels"]]
+    if metric in ("pearson", "spearman"):
+        labels = []
+    elif not labels:
+        labels = sorted({str(y) for _, _, y in train})
+    if len(labels) == 1 or (metric == "f1" and len(labels) != 2):
+        needed = "f1 needs two, the other metrics two or more"
+        raise Fault(f"{name} has the labels {labels}; {needed}")
+    return Task(name, train, {name: dev}, labels, metric)
+
+
+# --------------------------------------------------------------------------------------------------
+# Files of the official download and the hub
 
 
 def load_part(task, part, folder):
-    """Examples of a part of a GLUE task: train, dev or test, for MNLI dev_matched, ..., from `folder`, or "" for the hub."""
-    name, columns, label, labels, *_ = GLUE[task]
-    label = None if part.startswith("test") else label
-    if folder:
-        # CoLA's files have no header, but for the test set
-        header = ["source", "label", "mark", "sentence"] if task == "cola" and label else None
-        examples = read_table(Path(folder).expanduser() / name / f"{part}.tsv", columns, label, header, HINT)
-        return [e for e in examples if e[2] != "-"]  # on these pairs of MNLI the annotators did not agree
-    return hub_examples(task, part.replace("dev", "validation"), HUB_COLUMNS.get(task, columns), labels, label)
+    """Return the examples of a part of a GLUE task: train, dev, test, or for MNLI dev_matched, ...
 
+    folder: the local copy of GLUE, or "" for the hub.
+    """
+    spec = GLUE[task]
+    label = None if part.startswith("test") else spec.label
+    if not folder:
+        split = part.replace("dev", "validation")
+        columns = HUB_COLUMNS.get(task, spec.columns)
+        return hub_examples(task, split, columns, spec.labels, label)
 
-def hub_examples(name, split, columns, labels, label):
-    import datasets
-
-    try:
-        data = datasets.load_dataset("nyu-mll/glue", name, split=split)
-    except Exception as e:
-        sys.exit(f"finetune_glue.py: cannot load nyu-mll/glue: {one_line(e)}; --glue_dir=FOLDER reads a local copy")
-    texts = [data[c] for c in columns]
-    targets = [(labels[y] if labels else y) if label else None for y in data["label"]]
-    return list(zip(texts[0], texts[1] if len(texts) == 2 else [None] * len(texts[0]), targets))
+    header = None
+    if task == "cola" and label:  # only CoLA's test set has a header
+        header = ["source", "label", "mark", "sentence"]
+    path = Path(folder) / spec.folder / f"{part}.tsv"
+    examples = read_table(path, spec.columns, label, header, HINT)
+    # on some pairs of MNLI the annotators did not agree; their label is "-"
+    return [example for example in examples if example[2] != "-"]
 
 
 def load_diagnostic(folder):
-    """The diagnostic set: (examples, whether they have labels, as only diagnostic-full.tsv of the official site has)."""
+    """Return the examples of the diagnostic set, and whether they have labels.
+
+    Of all copies, only diagnostic-full.tsv of the official site has the labels.
+    """
     if not folder:
         return hub_examples("ax", "test", HUB_COLUMNS["mnli"], [], None), False
     full = Path(folder).expanduser() / "diagnostic" / "diagnostic-full.tsv"
     if full.exists():
         return read_table(full, ["Premise", "Hypothesis"], "Label"), True
-    return read_table(full.with_name("diagnostic.tsv"), GLUE["mnli"][1], None, hint=HINT), False
+    plain = full.with_name("diagnostic.tsv")
+    return read_table(plain, GLUE["mnli"].columns, None, hint=HINT), False
 
 
-def load_glue(name, folder, submit, ax):
-    """A GLUE task. submit: with its test sets; ax: the diagnostic set, too."""
-    long_name, _, _, labels, metric, n_train, n_dev, n_test = GLUE[name]
-    kinds = {"": "_matched", "_mm": "_mismatched"} if name == "mnli" else {"": ""}
-    train = load_part(name, "train", folder)
-    dev = {name + short: load_part(name, f"dev{long}", folder) for short, long in kinds.items()}
-    task = Task(name, train, dev, {}, labels, metric)
-    task.partial = len(task.train) < n_train or sum(map(len, dev.values())) < n_dev
-    if submit:
-        files = {"MNLI-m": "test_matched", "MNLI-mm": "test_mismatched"} if name == "mnli" else {long_name: "test"}
-        task.test = {file: load_part(name, part, folder) for file, part in files.items()}
-    if ax:
-        examples, has_labels = load_diagnostic(folder)
-        task.dev |= {"ax": examples} if has_labels else {}
-        task.test["AX"] = [(a, b, None) for a, b, _ in examples]
-    for (file, examples), rows in zip(task.test.items(), [*n_test, AX_ROWS]):
-        if submit and len(examples) != rows:
-            sys.exit(f"finetune_glue.py: {file}'s test set has {len(examples)} rows, the GLUE server wants {rows}")
-    return task
+def hub_examples(name, split, columns, labels, label):
+    """Return the examples of a split of nyu-mll/glue; without labels if `label` is None."""
+    import datasets
 
-
-def load_docs(name, dataset):
-    """An offline task of the docs corpus, as prepare.py wrote it."""
-    folder = Path("data") / dataset / "tasks" / name
-    parts = [read_table(folder / f"{part}.tsv", DOCS[name], "label") for part in ("train", "dev")]
-    return Task(name, parts[0], {name: parts[1]}, {}, sorted({y for *_, y in parts[0]}), "accuracy")
-
-
-def load_own(entry):
-    """One's own task: {"name", "train", "dev": files (.tsv or .jsonl), "columns": one or two, "label", "labels", "metric"}.
-
-    label: the column; labels: its values in order (the second is the positive one for f1), by default sorted.
-    """
-    entry = {"label": "label", "metric": "accuracy", "labels": [], **entry}
-    keys = {"name", "train", "dev", "columns", "label", "labels", "metric"}
-    if entry.keys() != keys or len(entry["columns"]) not in (1, 2):
-        sys.exit(
-            f"finetune_glue.py: an own task has name, train, dev, columns (one or two), label, labels, metric; not {entry}"
-        )
-    if entry["metric"] not in METRICS or entry["name"] in [*NINE, "wnli", "ax", *DOCS]:
-        sys.exit(f"finetune_glue.py: the task {entry['name']!r} needs a name of its own, and a metric of {', '.join(METRICS)}")
-    train, dev = (read_table(Path(entry[part]).expanduser(), entry["columns"], entry["label"]) for part in ("train", "dev"))
-    labels = [str(y) for y in entry["labels"]] or sorted({str(y) for *_, y in train})
-    labels = [] if entry["metric"] in ("pearson", "spearman") else labels
-    if len(labels) == 1 or (entry["metric"] == "f1" and len(labels) != 2):
-        sys.exit(f"finetune_glue.py: {entry['name']} has the labels {labels}; f1 needs two, the other metrics two or more")
-    return Task(entry["name"], train, {entry["name"]: dev}, {}, labels, entry["metric"])
-
-
-def load_task(entry, glue_dir, dataset="", submit=False, ax=False):
-    """The Task of an entry of `tasks`, with the labels as numbers. SystemExit, one line, if it cannot be.
-
-    glue_dir: a local copy of GLUE, or "" for the hub; dataset: whose offline tasks; submit: with the test sets; ax: MNLI
-    with the diagnostic set.
-    """
-    if isinstance(entry, dict):
-        task = load_own(entry)
-    elif isinstance(entry, str) and entry in GLUE:
-        task = load_glue(entry, glue_dir, submit, ax and entry == "mnli")
-    elif isinstance(entry, str) and entry in DOCS:
-        task = load_docs(entry, dataset)
-    else:
-        sys.exit(f"finetune_glue.py: there is no task {entry!r}; known are {', '.join([*GLUE, 'ax', *DOCS])}, and dicts")
-
-    def number(examples):
-        return [(a, b, task.labels.index(str(y)) if task.labels else float(y)) for a, b, y in examples]
-
-    if not all([task.train, *task.dev.values()]):
-        sys.exit(f"finetune_glue.py: {task.name} has a part without examples")
     try:
-        task.train, task.dev = number(task.train), {name: number(part) for name, part in task.dev.items()}
-    except ValueError as e:
-        sys.exit(f"finetune_glue.py: {task.name} has a label that is not one of {task.labels or 'the numbers'}: {e}")
-    return task
+        data = datasets.load_dataset("nyu-mll/glue", name, split=split)
+    except Exception as e:
+        local = "--glue_dir=FOLDER reads a local copy"
+        raise Fault(f"cannot load nyu-mll/glue: {one_line(e)}; {local}") from e
+
+    # the hub has numbers for classes
+    first = data[columns[0]]
+    nothing = [None] * len(first)
+    second = nothing
+    if len(columns) == 2:
+        second = data[columns[1]]
+    targets = data["label"]
+    if not label:
+        targets = nothing
+    elif labels:
+        targets = [labels[y] for y in targets]
+    return list(zip(first, second, targets))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def read_table(path, columns, label, header=None, hint=""):
+    """Return the examples in a .jsonl file, or in a tab-separated one, which knows no quoting.
+
+    columns: of one or two texts. label: column of the label, or None for a test set.
+    Rows with missing fields (QQP has some) are counted and left out. In a test set they stay, since
+    the GLUE server counts the rows.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise Fault(f"{path} is missing{hint}; or leave its task out of `tasks`")
+    wanted = [*columns, label] if label else columns
+    examples = []
+    skipped = 0
+    with open(path, encoding="utf-8-sig", errors="replace", newline="\n") as f:
+        # find the columns; the labels of a test set are not read
+        if path.suffix == ".jsonl":
+            header, rows = jsonl_rows(f, path)
+        else:
+            header, rows = tsv_rows(f, header)
+        for column in wanted:
+            if column not in header:
+                found = ", ".join(header)[:200]
+                raise Fault(f"{path} has no column {column!r}; its header is {found!r}")
+
+        # take the texts and the label of each row
+        for row in rows:
+            fields = [row.get(column) for column in wanted]
+            if label and (None in fields or fields[-1] == ""):
+                skipped += 1
+                continue
+            target = fields.pop() if label else None
+            texts = ["" if text is None else str(text) for text in fields]
+            second = texts[1] if len(texts) == 2 else None
+            examples.append((texts[0], second, target))
+    if skipped:
+        print(f"{path}: {skipped} rows with missing fields were left out")
+    return examples
+
+
+def jsonl_rows(f, path):
+    """Return the column names and the rows, as dicts, of an open .jsonl file."""
+    try:
+        rows = [dict(json.loads(line)) for line in f if line.strip()]
+    except (ValueError, TypeError) as e:
+        raise Fault(f"{path} has a line that is not a JSON object: {e}") from e
+    header = list(rows[0]) if rows else []
+    return header, rows
+
+
+def tsv_rows(f, header):
+    """Return the column names and an iterator of the rows, as dicts, of an open .tsv file.
+
+    header: the column names if the file does not begin with them.
+    """
+    lines = (line.rstrip("\r\n").split("\t") for line in f)
+    header = header or next(lines, [])
+    rows = (dict(zip(header, fields)) for fields in lines)
+    return header, rows
+
+
+# --------------------------------------------------------------------------------------------------
 # The GLUE server
 
 
 def write_predictions(path, predictions, labels):
-    """A file of the GLUE server: index, and the label's name, or for STS-B the value within 0 to 5."""
-    names = [labels[int(p)] for p in predictions] if labels else [f"{min(max(p, 0.0), 5.0):.3f}" for p in predictions]
+    """Write a file of the GLUE server: per row the index, and the name of the label or a value.
+
+    The only regression, STS-B, has values from 0 to 5.
+    """
+    lines = ["index\tprediction\n"]
+    for i, prediction in enumerate(predictions):
+        if labels:
+            answer = labels[int(prediction)]
+        else:
+            answer = f"{min(max(prediction, 0.0), 5.0):.3f}"
+        lines.append(f"{i}\t{answer}\n")
     with replace_file(path) as f:
-        f.write(("index\tprediction\n" + "".join(f"{i}\t{name}\n" for i, name in enumerate(names))).encode())
+        f.write("".join(lines).encode())
 
 
-def zip_predictions(out):
-    with replace_file(out / "submission.zip") as f, zipfile.ZipFile(f, "w", zipfile.ZIP_DEFLATED) as z:
-        for path in sorted((out / "submission").glob("*.tsv")):
-            z.write(path, path.name)
-    wanted = [*(folder for folder, *_ in GLUE.values() if folder != "MNLI"), "MNLI-m", "MNLI-mm", "AX"]
-    missing = [name for name in wanted if not (out / "submission" / f"{name}.tsv").exists()]
-    note = f"; the GLUE server also wants {', '.join(missing)}: add their tasks" if missing else ""
-    print(f"{out / 'submission.zip'} has the test sets' predictions of seed 0{note}")
+def zip_predictions(folder):
+    """Zip folder/submission for the GLUE server. Return a line that says what the zip has."""
+    path = folder / "submission.zip"
+    files = sorted((folder / "submission").glob("*.tsv"))
+    with replace_file(path) as f, zipfile.ZipFile(f, "w", zipfile.ZIP_DEFLATED) as z:
+        for file in files:
+            z.write(file, file.name)
+
+    # MNLI has two files instead of one, and the diagnostic set has its own
+    wanted = [spec.folder for spec in GLUE.values() if spec.folder != "MNLI"]
+    wanted += ["MNLI-m", "MNLI-mm", "AX"]
+    found = [file.stem for file in files]
+    missing = ", ".join(name for name in wanted if name not in found)
+    note = f"; the GLUE server also wants {missing}: add their tasks" if missing else ""
+    return f"{path} has the test sets' predictions of seed 0{note}"

@@ -1,89 +1,196 @@
-"""NorMuon for the matrices of the blocks (Li et al. 2025, arXiv 2510.05491).
+"""NorMuon for the matrices of the blocks (Li et al. 2025, arXiv 2510.05491), and Adam for the rest.
 
-Momentum, whose singular values are all brought near 1 (Muon, Jordan et al. 2024), and then its rows, those of one neuron
-each, to a root mean square near 1 in the long run. The first half differs from torch.optim.Muon, against which it is
-tested, where that costs time or quality here: matrices of one shape are orthogonalised as one stack; what one parameter
-holds of several matrices (queries, keys, values) is treated as several; and a step whose gradient is not finite leaves
-itself out on the device, like the fused AdamW.
+Adam scales each weight's step on its own. Muon (Jordan et al. 2024) looks at the step of a weight
+matrix as a whole. A gradient has few large singular values and many small ones, so a plain step
+moves the layer in few directions only. Muon sets all singular values to about 1, which is called
+orthogonalising, and so moves the layer equally far in every direction. NorMuon adds Adam's idea for
+each row, which holds the weights of one neuron. One step:
+
+1. momentum: a running mean of the gradients, in Nesterov's form
+2. orthogonalise it
+3. divide each row by the root mean square of its steps so far
+4. scale to the size that a step of AdamW usually has, decay the weights, and subtract
+
+Steps 1 and 2 are those of torch.optim.Muon, against which they are tested, with three differences
+that save time or improve quality here. Matrices of one shape are orthogonalised together, as one
+stack. A parameter that holds several matrices, such as queries, keys and values, is treated as
+several. A step whose gradient is not finite is left out on the device, as in the fused AdamW.
 """
 
 from collections import defaultdict
 
 import torch
 
-COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of the quintic whose slope at zero is the steepest
+# of the polynomial a x + b x^3 + c x^5 by Jordan et al., chosen for a steep slope at zero
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 4
+RMS_OF_ADAMW = 0.2  # root mean square of a usual step of AdamW, per lr (Liu et al. 2025)
 
 
-def split(model, glu):
-    """(groups for Muon: the blocks' matrices; the parameters of all else).
+def make_optimizers(model, name, learning_rate, weight_decay, betas, eps):
+    """Return the optimizers of a BERT or a Classifier: Adam or AdamW, followed by NorMuon if asked.
 
-    Queries, keys and values, and the halves of a gated layer, count each for itself.
+    name: "adam" (L2 decay in the gradient, as in BERT), "adamw", or "muon" (NorMuon for matrices
+    of the blocks, AdamW for the rest). betas, eps: of Adam and AdamW.
+
+    Matrices and embeddings decay; norms, biases and scalars do not (deviation: [repo] decays the
+    position scalar).
     """
-    groups, rest = defaultdict(list), []
+    matrices = []
+    rest = list(model.parameters())
+    if name == "muon":
+        matrices, rest = split_parameters(model)
+
+    decayed = [p for p in rest if p.ndim >= 2]
+    exempt = [p for p in rest if p.ndim < 2]
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": exempt, "weight_decay": 0.0},
+    ]
+    kind = torch.optim.Adam if name == "adam" else torch.optim.AdamW
+    optimizers = [kind(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)]
+    if name == "muon":
+        dtype = bert_of(model).dtype
+        optimizers.append(NorMuon(matrices, learning_rate, weight_decay, dtype))
+    return optimizers
+
+
+def bert_of(model):
+    """Return the BERT that a Classifier holds, or the model itself."""
+    return getattr(model, "bert", model)
+
+
+def split_parameters(model):
+    """Return (groups for NorMuon, list of all other parameters).
+
+    The groups hold the matrices of the blocks. `parts` of a group is the number of matrices in each
+    of its parameters: 3 for queries, keys and values, 2 for the halves of a gated layer, else 1.
+    """
+    is_gated = bert_of(model).config.glu
+    matrices = defaultdict(list)
+    rest = []
     for name, p in model.named_parameters():
-        if p.ndim == 2 and "blocks." in name:
-            groups[3 if "qkv" in name else 2 if "up" in name and glu else 1].append(p)
-        else:
+        if p.ndim != 2 or "blocks." not in name:
             rest.append(p)
-    return [{"params": params, "parts": n} for n, params in groups.items()], rest
+            continue
+        layer = name.split(".")[-2]
+        if layer == "qkv":
+            parts = 3
+        elif layer == "up" and is_gated:
+            parts = 2
+        else:
+            parts = 1
+        matrices[parts].append(p)
+    groups = [{"params": params, "parts": parts} for parts, params in matrices.items()]
+    return groups, rest
 
 
 def orthogonalize(stack):
-    """(n, a, b), a <= b, to nearly the nearest matrices with orthonormal rows, in the dtype of the stack.
+    """Return nearly the nearest matrices with orthonormal rows, for a stack (n, a, b) with a <= b.
 
-    Singular values above 1 % of the root of the sum of their squares come to [0.65, 1.25], smaller ones grow 140-fold.
+    X becomes a X + b (X X^T) X + c (X X^T)^2 X, several times. That leaves the singular vectors as
+    they are and applies a x + b x^3 + c x^5 to the singular values, without computing any of them.
+    Those above 1 % of the root of the sum of their squares end up in [0.65, 1.25]; smaller ones
+    grow 140-fold. The result has the dtype of the stack.
     """
     a, b, c = COEFFICIENTS
-    x = stack / stack.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value above 1
+
+    # no singular value is above 1 after this
+    norm = stack.norm(dim=(1, 2), keepdim=True)
+    x = stack / norm.clamp(min=1e-7)
+
     for _ in range(ITERATIONS):
-        # a I + b G + c G^2 as c (G + b / 2c)^2 + a - b^2 / 4c: the sums are on the diagonal alone
+        # for G = X X^T, a I + b G + c G^2 is c (G + b / 2c I)^2 + (a - b^2 / 4c) I, whose sums
+        # change the diagonals only
         factor = x @ x.mT
-        factor.diagonal(dim1=1, dim2=2).add_(b / (2 * c))
+        diagonal = factor.diagonal(dim1=1, dim2=2)
+        diagonal.add_(b / (2 * c))
         factor = torch.baddbmm(factor, factor, factor, beta=0, alpha=c)
-        factor.diagonal(dim1=1, dim2=2).add_(a - b * b / (4 * c))
+        diagonal = factor.diagonal(dim1=1, dim2=2)
+        diagonal.add_(a - b * b / (4 * c))
         x = factor @ x
     return x
 
 
-class Muon(torch.optim.Optimizer):
+class NorMuon(torch.optim.Optimizer):
     """Algorithm 1 of the paper, with Nesterov momentum.
 
-    lr means what it means in AdamW: a step has the usual root mean square of AdamW's, 0.2 lr (Liu et al. 2025).
-    params: groups with `parts`, the number of matrices of equal shape that each (parts * rows, columns) parameter holds.
-    dtype: of the activations. The iterations are in bf16 where they are, else in fp32: a processor without bf16 takes a
-    hundred times as long for its products, and the gradients are too small for fp16.
+    params: groups with `parts`, the number of matrices of equal shape that a parameter of shape
+    (parts * rows, columns) holds.
+    lr means what it means in AdamW, since the steps have the same size.
+    dtype: of the activations. The iterations are in bf16 if the activations are, else in fp32: the
+    products of a processor without bf16 would take a hundred times as long, and the gradients are
+    too small for fp16.
     """
 
     def __init__(self, params, lr, weight_decay, dtype, momentum=0.95, beta2=0.95):
-        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "beta2": beta2, "parts": 1}
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "beta2": beta2,
+            "parts": 1,
+        }
         super().__init__(params, defaults)
         self.dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        self.found_inf = None  # or 1.0 on the device, to leave a step out
+        # a tensor on the device, 1.0 to leave the next step out; the name is that of torch's own
+        self.found_inf = None
 
     @torch.no_grad()
     def step(self):
-        done = 1.0 if self.found_inf is None else 1 - self.found_inf
-        stacks = defaultdict(list)  # by shape, wide: [(group, parameter, its nesterov momentum as (parts, a, b))]
+        # stack the matrices of one shape: few large products are faster than many small ones
+        stacks = defaultdict(list)
         for group in self.param_groups:
             for p in group["params"]:
-                state, grad, parts = self.state[p], p.grad, group["parts"]
-                if not state:
-                    state["momentum"] = torch.zeros_like(p)
-                    state["mean_squares"] = p.new_zeros(parts, len(p) // parts, 1)  # of each row's steps
-                if self.found_inf is not None:
-                    grad = torch.where(self.found_inf > 0, state["momentum"], grad)  # which leaves it as it is
-                state["momentum"].lerp_(grad, 1 - group["momentum"])
-                update = grad.lerp(state["momentum"], group["momentum"]).to(self.dtype).unflatten(0, (parts, -1))
-                update = update.mT if update.size(1) > update.size(2) else update
+                update = self.momentum_update(p, group)
                 stacks[update.shape[1:]].append((group, p, update))
+
         for entries in stacks.values():
             updates = [update for _, _, update in entries]
-            results = orthogonalize(torch.cat(updates)).split([len(update) for update in updates])
+            sizes = [len(update) for update in updates]
+            results = orthogonalize(torch.cat(updates)).split(sizes)
             for (group, p, _), result in zip(entries, results):
-                mean_squares, rate = self.state[p]["mean_squares"], group["lr"] * done
-                result = (result if result.size(1) == mean_squares.size(1) else result.mT).float()
-                mean_squares.lerp_(result.square().mean(2, keepdim=True), (1 - group["beta2"]) * done)
-                result = result / (mean_squares.sqrt() + 1e-8)
-                size = result.square().mean((1, 2), keepdim=True).sqrt() + 1e-8
-                p.mul_(1 - rate * group["weight_decay"]).sub_((result * (0.2 * rate / size)).reshape(p.shape))
+                self.apply_update(p, group, result)
+
+    def momentum_update(self, p, group):
+        """Return step 1 of a parameter, (parts, a, b) with a <= b, in the dtype of iterations."""
+        parts = group["parts"]
+        grad = p.grad
+        state = self.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+            rows = len(p) // parts
+            state["mean_squares"] = p.new_zeros(parts, rows, 1)  # of the steps of each row
+
+        # a gradient that equals the momentum leaves the momentum as it is
+        if self.found_inf is not None:
+            grad = torch.where(self.found_inf > 0, state["momentum"], grad)
+        state["momentum"].lerp_(grad, 1 - group["momentum"])
+
+        update = grad.lerp(state["momentum"], group["momentum"])
+        update = update.to(self.dtype).unflatten(0, (parts, -1))
+        rows, columns = update.shape[1:]
+        return update.mT if rows > columns else update
+
+    def apply_update(self, p, group, update):
+        """Take steps 3 and 4 for a parameter, whose orthogonalised update is (parts, a, b)."""
+        factor = 1.0
+        if self.found_inf is not None:
+            factor = 1 - self.found_inf  # 0 leaves the step out
+        mean_squares = self.state[p]["mean_squares"]
+        if update.size(1) != mean_squares.size(1):
+            update = update.mT
+        update = update.float()
+
+        # divide each row by the root mean square of its steps
+        mean_square = update.square().mean(2, keepdim=True)
+        mean_squares.lerp_(mean_square, (1 - group["beta2"]) * factor)
+        update = update / (mean_squares.sqrt() + 1e-8)
+
+        # decay the weights, and subtract a step whose root mean square is 0.2 lr
+        rate = group["lr"] * factor
+        size = update.square().mean((1, 2), keepdim=True)
+        size = size.sqrt() + 1e-8
+        p.mul_(1 - rate * group["weight_decay"])
+        step = update * (RMS_OF_ADAMW * rate / size)
+        p.sub_(step.reshape(p.shape))

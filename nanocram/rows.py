@@ -1,284 +1,435 @@
-"""What happens to packed rows of tokens: repeats are cut out, the training order is made; and a look at finished bins.
+"""Change packed rows of tokens: cut out what is there twice, write the others in training order.
 
-Everything here is for files larger than memory, but deduplication, which says beforehand what it needs.
+Rows are uint16 arrays (number of rows, seq_len). The files may be larger than memory, except for
+deduplication, which says beforehand how much it needs.
 """
 
+import contextlib
 import hashlib
-import json
+import math
 import os
 import re
-import sys
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from nanocram.faults import Fault, read_json
+from nanocram.tokenizer import vocab_size_of
+
 CHUNK = 1 << 23  # tokens that are worked on at a time
-BUCKET = 1 << 28  # bytes of rows that are put in order at a time
+ROWS = 1 << 20  # rows whose places are worked on at a time
+BUCKET = 1 << 28  # bytes of rows that are put in order at a time, in memory
+PARTS = 16  # parts of all window hashes that are sorted one after the other, to save memory
+NOWHERE = np.iinfo(np.uint32).max  # the place of a row that is not written
 
 
 def chunks(rows):
-    """Slices of `rows` (n, seq_len) of about CHUNK tokens."""
+    """Return slices of `rows` that have about CHUNK tokens each."""
     size = max(CHUNK // rows.shape[1], 1)
-    return [slice(i, i + size) for i in range(0, len(rows), size)]
+    starts = range(0, len(rows), size)
+    return [slice(start, start + size) for start in starts]
 
 
-def special_token(tokenizer, name):
-    """What the tokenizer calls its pad, unk, cls, sep or mask: <mask> as the paper, or [MASK] as BERT; None if neither."""
-    return next((t for t in (f"<{name}>", f"[{name.upper()}]") if tokenizer.token_to_id(t) is not None), None)
+def count_tokens(rows, size=65536):
+    """Return how often each token id occurs: (size,) int64."""
+    n = np.zeros(size, np.int64)
+    for part in chunks(rows):
+        tokens = rows[part].ravel()
+        n += np.bincount(tokens, minlength=size)
+    return n
 
 
-def n_ids(tokenizer):
-    return max(tokenizer.get_vocab().values()) + 1  # a given vocabulary may have holes
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Deduplication
 
 
-def window_hashes(tokens, n):
-    """(len(tokens) - n + 1,) uint64: a polynomial hash of every run of n tokens, by doubling the width."""
-    powers, base, width, done, result = tokens.astype(np.uint64) + np.uint64(1), 0x9E3779B97F4A7C15, 1, 0, None
-    while n:
-        if n & 1:
-            longer = powers[done:][: len(tokens) - done - width + 1]
-            result = longer if result is None else result[: len(longer)] * np.uint64(base) + longer
-            done += width
-        n >>= 1
-        if n:
-            powers = powers[:-width] * np.uint64(base) + powers[width:]
-            base, width = base * base % 2**64, 2 * width
-    return result
-
-
-def repeated(tokens, n, sep):
-    """(len(tokens),) bool: the tokens in a later occurrence of a run of n or more, runs that hold a <sep> apart.
-
-    Later is what begins behind the end of the first occurrence. Equal hashes only suggest a repeat; each is then compared
-    token by token.
-    """
-    mark = np.zeros(len(tokens), bool)
-    if len(tokens) <= n:
-        return mark
-    hashes = np.empty(len(tokens) - n + 1, np.uint64)
-    for i in range(0, len(hashes), CHUNK):
-        part = window_hashes(tokens[i : i + CHUNK + n - 1], n)
-        hashes[i : i + len(part)] = part
-    seps = np.zeros(len(tokens) + 1, np.uint32)
-    np.cumsum(tokens == sep, out=seps[1:])
-    part = np.where(seps[n:] == seps[: len(hashes)], hashes >> np.uint64(60), 16).astype(np.uint8)
-    del seps
-    for sixteenth in range(16):
-        starts = np.flatnonzero(part == sixteenth)
-        starts = starts[np.argsort(hashes[starts], kind="stable")]
-        h = hashes[starts]
-        new = np.concatenate([[True], h[1:] != h[:-1]])[: len(h)]
-        first = starts[np.maximum.accumulate(np.where(new, np.arange(len(h)), 0))] if len(h) else starts
-        later, first = starts[~new], first[~new]
-        equal = np.ones(len(later), bool)
-        for k in range(n):
-            equal &= tokens[later + k] == tokens[first + k]
-        repeat = later[equal & (later >= first + n)]
-        for k in range(n):
-            mark[repeat + k] = True
-        for h in np.unique(hashes[later[~equal]]):  # different runs with one hash: one by one
-            seen = {}
-            for i in starts[hashes[starts] == h].tolist():
-                mark[i : i + n] |= i >= seen.setdefault(tokens[i : i + n].tobytes(), i) + n
-    return mark
-
-
-def available_memory():
-    if not os.path.exists("/proc/meminfo"):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    free = 1024 * int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1])
-    group = Path("/sys/fs/cgroup")  # of a container, which may have less than the machine
-    if (group / "memory.max").exists() and (limit := (group / "memory.max").read_text().strip()).isdigit():
-        free = min(free, int(limit) - int((group / "memory.current").read_text()))
-    return free
-
-
-def require_memory(n_tokens):
-    """SystemExit if there is too little for deduplicate."""
-    if (need := 40 * n_tokens) > (free := available_memory()):
-        sys.exit(
-            f"prepare.py: dedup_tokens needs about {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; "
-            "set dedup_tokens = 0 or max_chars"
-        )
-
-
 def deduplicate(path, n, seq_len, sep, counts):
-    """Rewrites the rows of `path` without the repeats of runs of n tokens. Returns their number."""
+    """Rewrite the rows of a file without the repeats of runs of n tokens. Return their number."""
     n_tokens = os.path.getsize(path) // 2
     require_memory(n_tokens)
     print(f"deduplicating {n_tokens:,} tokens")
     tokens = np.fromfile(path, np.uint16)
     tokens = tokens[~repeated(tokens, n, sep)]
-    ends = tokens == sep
-    tokens = tokens[~(ends & np.concatenate([[True], ends[:-1]]))]  # documents of which nothing is left
-    n_rows = len(tokens) // seq_len
+
+    # a <sep> directly after another one ends a document of which nothing is left
+    is_sep = tokens == sep
+    follows_sep = np.concatenate([[True], is_sep[:-1]])
+    tokens = tokens[~(is_sep & follows_sep)]
     counts["tokens dropped as repeats"] = n_tokens - len(tokens)
+
+    n_rows = len(tokens) // seq_len
     with open(path, "wb") as f:
         f.write(tokens[: n_rows * seq_len])
     return n_rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def repeated(tokens, n, sep):
+    """Return which tokens are in a later occurrence of a run of n tokens: (length,) bool.
+
+    An occurrence is later if it begins after the end of the first one. Runs with a <sep> in them do
+    not count.
+    """
+    mark = np.zeros(len(tokens), bool)
+    if len(tokens) <= n:
+        return mark
+
+    # a hash for every run; most memory goes there
+    n_runs = len(tokens) - n + 1
+    hashes = np.empty(n_runs, np.uint64)
+    for i in range(0, n_runs, CHUNK):
+        part = window_hashes(tokens[i : i + CHUNK + n - 1], n)
+        hashes[i : i + len(part)] = part
+
+    # a run has no <sep> in it if as many come before its end as before its beginning
+    seps_before = np.zeros(len(tokens) + 1, np.uint32)
+    np.cumsum(tokens == sep, out=seps_before[1:])
+    has_sep = seps_before[n:] != seps_before[:n_runs]
+    del seps_before
+
+    # the first four bits of a hash say which part it belongs to, so equal hashes share a part
+    part_of = (hashes >> np.uint64(60)).astype(np.uint8)
+    part_of[has_sep] = PARTS
+    for part in range(PARTS):
+        starts = np.flatnonzero(part_of == part)
+        mark_repeats(mark, tokens, hashes, starts, n)
+    return mark
+
+
+def window_hashes(tokens, n):
+    """Return a polynomial hash of every run of n tokens: (length - n + 1,) uint64.
+
+    The hash of two adjacent runs is that of the first times a power of the base, plus that of the
+    second. So the hashes of runs of 1, 2, 4, ... tokens follow from each other, and the binary
+    digits of n say which of them make up a run of n.
+    """
+    width = 1
+    hashes = tokens.astype(np.uint64) + np.uint64(1)  # of every run of `width` tokens
+    power = 0x9E3779B97F4A7C15  # base to the power of `width`, modulo 2 ** 64
+    result = None  # hashes of runs of `done` tokens
+    done = 0
+    while n:
+        # append `width` tokens to the runs that are done
+        if n & 1:
+            next_run = hashes[done:]
+            if result is None:
+                result = next_run
+            else:
+                result = result[: len(next_run)] * np.uint64(power) + next_run
+            done += width
+
+        # double the width
+        n >>= 1
+        if n:
+            hashes = hashes[:-width] * np.uint64(power) + hashes[width:]
+            power = power * power % 2**64
+            width *= 2
+    return result
+
+
+def mark_repeats(mark, tokens, hashes, starts, n):
+    """Mark the repeats among the runs of n tokens that begin at `starts`, ascending positions."""
+    if not len(starts):
+        return
+
+    # sort by hash; in a group of equal hashes the first occurrence comes first
+    starts = starts[np.argsort(hashes[starts], kind="stable")]
+    ordered = hashes[starts]
+    is_new = np.ones(len(starts), bool)
+    is_new[1:] = ordered[1:] != ordered[:-1]
+    first_of_group = np.arange(len(starts))
+    first_of_group[~is_new] = 0
+    first_of_group = np.maximum.accumulate(first_of_group)
+    later = starts[~is_new]
+    first = starts[first_of_group[~is_new]]
+
+    # equal hashes only suggest a repeat, so compare token by token
+    equal = np.ones(len(later), bool)
+    for k in range(n):
+        equal &= tokens[later + k] == tokens[first + k]
+    repeats = later[equal & (later >= first + n)]
+    for k in range(n):
+        mark[repeats + k] = True
+
+    # different runs with one hash are so rare that they may be compared one by one
+    for h in np.unique(hashes[later[~equal]]):
+        seen = {}
+        for i in starts[ordered == h].tolist():
+            content = tokens[i : i + n].tobytes()
+            earliest = seen.setdefault(content, i)
+            if i >= earliest + n:
+                mark[i : i + n] = True
+
+
+def require_memory(n_tokens):
+    """Raise Fault if there is too little memory to deduplicate n_tokens."""
+    need = 40 * n_tokens
+    free = available_memory()
+    if need > free:
+        raise Fault(
+            f"dedup_tokens needs about {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free;"
+            " set dedup_tokens = 0 or max_chars"
+        )
+
+
+def available_memory():
+    """Return the memory in bytes that this process may still use."""
+    if not os.path.exists("/proc/meminfo"):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    report = Path("/proc/meminfo").read_text()
+    kilobytes = re.search(r"MemAvailable: +(\d+)", report)[1]
+    free = 1024 * int(kilobytes)
+
+    # a container may have less than the machine
+    group = Path("/sys/fs/cgroup")
+    if (group / "memory.max").exists():
+        limit = (group / "memory.max").read_text().strip()
+        if limit.isdigit():
+            used = (group / "memory.current").read_text()
+            free = min(free, int(limit) - int(used))
+    return free
+
+
+# --------------------------------------------------------------------------------------------------
 # Order
 
 
+def write_training_rows(work, shape, order, max_rows, sep, seed):
+    """Write the rows of work/unordered to work/train.bin, in training order.
+
+    shape: (number of rows, seq_len) of the rows.
+    max_rows: rows to keep after ordering, 0 = all.
+    Returns (rows written, SHA-256 of the file, how often each token occurs).
+    """
+    tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
+    rows = np.memmap(work / "unordered", np.uint16, "r", shape=shape)
+    table = order_table(rows, order, tokenizer, sep)
+    places = training_order(rows, table, seed)
+    if max_rows:
+        places = places[:max_rows]
+    sha, token_counts = write_ordered(rows, places, work / "train.bin")
+    return len(places), sha, token_counts
+
+
 def order_table(rows, order, tokenizer, sep):
-    """(vocab_size,) float: summed over a row's tokens it is the row's sort key, smallest first. None for a shuffle."""
-    size = n_ids(tokenizer)
-    if order == "sentence_length":  # most full stops first: many short sentences [repo]
-        stops = [tokenizer.token_to_id(token) for token in (".", "▁.")]  # alone; with the space, as BPE has it
-        return -np.isin(np.arange(size), [i for i in stops if i is not None]).astype(float)
-    if order == "fragment":  # most ends of documents first
-        return -(np.arange(size) == sep).astype(float)
-    if order == "word_length":  # fewest decoded characters first
+    """Return what each token adds to the sort key of its row: (vocab_size,) float.
+
+    Rows with the smallest keys come first. The result is None for a shuffle, which needs no keys.
+    """
+    size = vocab_size_of(tokenizer)
+
+    table = np.zeros(size)
+
+    # most full stops first, so rows of many short sentences [repo]; BPE has the space in the token
+    if order == "sentence_length":
+        for stop in (".", "▁."):
+            i = tokenizer.token_to_id(stop)
+            if i is not None:
+                table[i] = -1
+        return table
+
+    # most ends of documents first
+    if order == "fragment":
+        table[sep] = -1
+        return table
+
+    # fewest characters of text first; WordPiece has no space in a token, but most words follow one
+    if order == "word_length":
         tokens = [tokenizer.id_to_token(i) or "" for i in range(size)]
-        space = any(t.startswith("##") for t in tokens)  # in other kinds of vocabularies it is a character of the token
-        return np.array([len(t) - 2 if t.startswith("##") else len(t) + space for t in tokens], float)
-    if order in ("unigram", "reverse_unigram"):  # rarest tokens first, or last; add-one smoothing [repo]
-        n = np.ones(size)
-        for part in chunks(rows):
-            n += np.bincount(rows[part].ravel(), minlength=size)
-        return np.log2(n / n.sum()) * (1 if order == "unigram" else -1)
+        is_wordpiece = any(token.startswith("##") for token in tokens)
+        for i, token in enumerate(tokens):
+            table[i] = len(token)
+            if token.startswith("##"):
+                table[i] -= len("##")
+            elif is_wordpiece:
+                table[i] += 1
+        return table
+
+    # rarest tokens first, or commonest ones; with add-one smoothing [repo]
+    if order in ("unigram", "reverse_unigram"):
+        n = np.ones(size) + count_tokens(rows, size)
+        log_frequency = np.log2(n / n.sum())
+        return log_frequency if order == "unigram" else -log_frequency
     return None
 
 
 def training_order(rows, table, seed):
-    """(number of rows,) uint32: the order of the rows by their key, smallest first, ties and all else shuffled."""
+    """Return the numbers of the rows in training order: (number of rows,) uint32.
+
+    The rows are shuffled, then sorted by the sum of table[token] over their tokens if there is a
+    table. Rows with equal keys stay shuffled.
+    """
     order = np.arange(len(rows), dtype=np.uint32)
     np.random.default_rng(seed).shuffle(order)
-    if table is not None:
-        keys = np.empty(len(rows), np.float32)
-        for part in chunks(rows):
-            keys[part] = table[rows[part]].sum(1)
-        if np.ptp(keys) == 0 and len(keys) > 1:
-            sys.exit("prepare.py: the `order` does not tell the rows apart; are its tokens in them? See insert_sep")
-        # key and place in the shuffled order in one number, sorted in place: argsort would need half as much memory again
-        packed = np.empty(len(rows), np.uint64)
-        for i in range(0, len(rows), 1 << 20):
-            bits = (keys[order[i : i + (1 << 20)]] + 0).view(np.uint32)  # no -0.0
-            bits ^= np.where(bits >> 31, np.uint32(0xFFFFFFFF), np.uint32(0x80000000))  # integers that sort as the floats do
-            packed[i : i + len(bits)] = bits.astype(np.uint64) << np.uint64(32)
-            packed[i : i + len(bits)] |= np.arange(i, i + len(bits), dtype=np.uint64)
-        del keys
-        packed.sort()
-        shuffled, order = order, np.empty_like(order)
-        for i in range(0, len(order), 1 << 20):
-            order[i : i + (1 << 20)] = shuffled[packed[i : i + (1 << 20)] & np.uint64(0xFFFFFFFF)]
+    if table is None:
+        return order
+    return sort_by_keys(order, sort_keys(rows, table))
+
+
+def sort_keys(rows, table):
+    """Return the sort key of each row: (number of rows,) float32."""
+    keys = np.empty(len(rows), np.float32)
+    for part in chunks(rows):
+        keys[part] = table[rows[part]].sum(1)
+    if np.ptp(keys) == 0 and len(keys) > 1:
+        raise Fault(
+            "the `order` does not tell the rows apart; are its tokens in them? See insert_sep"
+        )
+    return keys
+
+
+def sort_by_keys(shuffled, keys):
+    """Return row numbers, sorted by keys[row]; equal keys stay in the given order."""
+    # One number holds the key in its upper half and the place in `shuffled` in its lower half, so
+    # it can be sorted in place. argsort would need half as much memory again.
+    packed = np.empty(len(shuffled), np.uint64)
+    for start in range(0, len(shuffled), ROWS):
+        rows = shuffled[start : start + ROWS]
+        end = start + len(rows)
+        upper = sortable_bits(keys[rows]).astype(np.uint64)
+        lower = np.arange(start, end, dtype=np.uint64)
+        packed[start:end] = upper << np.uint64(32) | lower
+    packed.sort()
+
+    # the lower halves are the places in sorted order
+    order = np.empty_like(shuffled)
+    for start in range(0, len(order), ROWS):
+        end = start + ROWS
+        places = packed[start:end] & np.uint64(0xFFFFFFFF)
+        order[start:end] = shuffled[places]
     return order
 
 
-def write_ordered(rows, order, path):
-    """Writes rows[order], by sequential reads and writes alone: first into buckets that fit into memory.
+def sortable_bits(keys):
+    """Return integers that sort like the given float32 numbers: uint32."""
+    bits = (keys + 0).view(np.uint32)  # + 0 makes -0.0 and 0.0 equal
+    # flip all bits of negative numbers, and the sign bit of the others
+    is_negative = bits >> 31 == 1
+    bits[is_negative] ^= np.uint32(0x7FFFFFFF)
+    return bits ^ np.uint32(0x80000000)
 
-    Returns (sha256, how often each token occurs).
+
+def write_ordered(rows, order, path):
+    """Write rows[order] to a file, with sequential reads and writes only.
+
+    The rows go into buckets first, each of which can be put in order in memory. Returns (SHA-256
+    of the file, how often each token occurs).
     """
-    nowhere = np.iinfo(np.uint32).max
-    place = np.full(len(rows), nowhere, np.uint32)  # of each row in the file
-    for i in range(0, len(order), 1 << 20):
-        place[order[i : i + (1 << 20)]] = np.arange(i, min(i + (1 << 20), len(order)))
-    width, per_bucket = rows.shape[1], max(BUCKET // (2 * rows.shape[1]), 1)
-    buckets = [path.with_name(f"bucket{i}") for i in range(-(-len(order) // per_bucket))]
-    files = [open(b, "wb") for b in buckets]
-    for part in tqdm(chunks(rows), "sorting", unit=f" x {CHUNK} tokens", disable=None):
-        block, to = rows[part], place[part]
-        for b in np.unique(to[to != nowhere] // per_bucket):
-            pick = (to // per_bucket == b) & (to != nowhere)
-            inside = to[pick] - np.uint32(b * per_bucket)  # travels in front of its row, as two uint16
-            files[b].write(np.concatenate([inside.view(np.uint16).reshape(-1, 2), block[pick]], axis=1))
-    sha, n = hashlib.sha256(), np.zeros(65536, np.int64)
+    sha = hashlib.sha256()
+    token_counts = np.zeros(65536, np.int64)
+    buckets = fill_buckets(rows, order, path)
     with open(path, "wb") as f:
-        for bucket, file in tqdm(zip(buckets, files), "writing", len(buckets), unit=" buckets", disable=None):
-            file.close()
-            data = np.fromfile(bucket, np.uint16).reshape(-1, width + 2)
-            block = np.empty((len(data), width), np.uint16)
-            block[np.ascontiguousarray(data[:, :2]).view(np.uint32)[:, 0]] = data[:, 2:]
-            del data
+        for bucket in tqdm(buckets, "writing", unit=" buckets", disable=None):
+            block = read_bucket(bucket, rows.shape[1])
             sha.update(block)
-            for part in chunks(block):
-                n += np.bincount(block[part].ravel(), minlength=65536)
+            token_counts += count_tokens(block)
             f.write(block)
             os.remove(bucket)
-    return sha.hexdigest(), n
+    return sha.hexdigest(), token_counts
 
 
-def write_training_rows(work, shape, order, max_rows, sep, seed):
-    """work/unordered, rows of this shape, to work/train.bin in order. Returns (rows written, sha256, count of each token)."""
-    tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
-    rows = np.memmap(work / "unordered", np.uint16, "r", shape=shape)
-    permutation = training_order(rows, order_table(rows, order, tokenizer, sep), seed)[: max_rows or None]
-    return len(permutation), *write_ordered(rows, permutation, work / "train.bin")
+def fill_buckets(rows, order, path):
+    """Write each row to the bucket that its place in rows[order] falls into.
+
+    A row in a bucket is its place there, 32 bits as two uint16, and then its tokens. Returns the
+    files of the buckets, which lie next to `path`.
+    """
+    # the place of each row in the file
+    place = np.full(len(rows), NOWHERE, np.uint32)
+    for start in range(0, len(order), ROWS):
+        part = order[start : start + ROWS]
+        place[part] = np.arange(start, start + len(part))
+
+    # one pass over the rows, with all buckets open
+    seq_len = rows.shape[1]
+    rows_per_bucket = max(BUCKET // (2 * seq_len), 1)
+    n_buckets = math.ceil(len(order) / rows_per_bucket)
+    buckets = [path.with_name(f"bucket{b}") for b in range(n_buckets)]
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open(bucket, "wb")) for bucket in buckets]
+        for part in tqdm(chunks(rows), "sorting", unit=f" x {CHUNK} tokens", disable=None):
+            places = place[part]
+            is_written = places != NOWHERE
+            block = rows[part][is_written]
+            places = places[is_written]
+            bucket_of = places // rows_per_bucket
+            for b in np.unique(bucket_of):
+                chosen = bucket_of == b
+                inside = places[chosen] - np.uint32(b * rows_per_bucket)
+                halves = inside.view(np.uint16).reshape(-1, 2)
+                files[b].write(np.hstack([halves, block[chosen]]))
+    return buckets
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def read_bucket(path, seq_len):
+    """Return the rows of a bucket in their order: (rows of the bucket, seq_len) uint16."""
+    data = np.fromfile(path, np.uint16).reshape(-1, 2 + seq_len)
+    halves = data[:, :2].copy()
+    places = halves.view(np.uint32).ravel()
+    block = np.empty((len(data), seq_len), np.uint16)
+    block[places] = data[:, 2:]
+    return block
+
+
+# --------------------------------------------------------------------------------------------------
 # A look at a finished data set
 
 
-def show_rows(folder, count):
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    meta = json.loads((folder / "meta.json").read_text())
-    rows = np.memmap(folder / "train.bin", np.uint16, "r").reshape(-1, meta["seq_len"])
-    for i in np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int):
-        print(f"row {i:,} of {len(rows):,}: {tokenizer.decode(rows[i].tolist(), skip_special_tokens=False)}\n")
+def training_rows(folder):
+    """Return the rows of train.bin, mapped into memory: (number of rows, seq_len) uint16."""
+    seq_len = read_json(folder / "meta.json")["seq_len"]
+    tokens = np.memmap(folder / "train.bin", np.uint16, "r")
+    return tokens.reshape(-1, seq_len)
 
 
-def show_summary(folder, n, dropped):
-    """What came out. n: how often each token occurs in train.bin; dropped: beginnings of texts that the filter dropped."""
+def print_summary(folder, token_counts, dropped=()):
+    """Print what is in a finished data set.
+
+    token_counts: how often each token occurs in train.bin.
+    dropped: beginnings of documents that the filter dropped.
+    """
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    meta = json.loads((folder / "meta.json").read_text())
-    counts, special = meta["counts"], meta["special_ids"]
-    for what, number in counts.items():
-        print(f"  {what}: {number:,}")
+    meta = read_json(folder / "meta.json")
+    counts = meta["counts"]
+    special_ids = meta["special_ids"].values()
+
+    # sizes
+    for what, n in counts.items():
+        print(f"  {what}: {n:,}")
     if "characters kept" in counts:
         print(f"  characters per token: {counts['characters kept'] / counts['tokens']:.2f}")
-    print(f"  share of <unk>: {n[special['unk']] / n.sum():.4%}")
-    print(f"  train.bin: {meta['train_rows']:,} rows of {meta['seq_len']}, val.bin: {meta['val_rows']:,}")
-    vocabulary = [t for t, i in tokenizer.get_vocab().items() if i not in special.values()]
-    print(f"  longest tokens: {' '.join(sorted(vocabulary, key=lambda t: (-len(t), t))[:10])}")
-    print(f"  most frequent: {' '.join(tokenizer.id_to_token(int(i)) or '?' for i in np.argsort(-n)[:10] if n[i])}")
+    unknown = token_counts[meta["special_ids"]["unk"]]
+    print(f"  share of <unk>: {unknown / token_counts.sum():.4%}")
+    print(f"  train.bin: {meta['train_rows']:,} rows of {meta['seq_len']}", end="")
+    print(f", val.bin: {meta['val_rows']:,}")
+
+    # tokens; the longest ones often show what should not be in the corpus
+    vocabulary = tokenizer.get_vocab().items()
+    tokens = [token for token, i in vocabulary if i not in special_ids]
+    tokens.sort(key=lambda token: (-len(token), token))
+    print(f"  longest tokens: {' '.join(tokens[:10])}")
+    by_frequency = np.argsort(-token_counts)[:10]
+    occurring = [int(i) for i in by_frequency if token_counts[i]]
+    frequent = [tokenizer.id_to_token(i) or "?" for i in occurring]
+    print(f"  most frequent: {' '.join(frequent)}")
+
+    # the filter
     for text in dropped:
         print(f"  dropped by the filter: {text} ...")
-    if counts.get("documents dropped by the filter", 0) > counts.get("documents", 0) / 5:
+    n_dropped = counts.get("documents dropped by the filter", 0)
+    if n_dropped > counts.get("documents", 0) / 5:
         print(
-            f"prepare.py: warning: filter_ratio = {meta['settings']['filter_ratio']} dropped more than a fifth of the "
-            "documents; a small vocabulary needs a larger ratio, or 0"
+            f"warning: filter_ratio = {meta['settings']['filter_ratio']} dropped more than a fifth "
+            "of the documents; a small vocabulary needs a larger ratio, or 0"
         )
-    show_rows(folder, 1)
 
 
-def show_overlap(folder, glue):
-    """Counts the dev sentences of GLUE (8 tokens or more) that stand, normalised alike, whole in a training row."""
+def print_rows(folder, count):
+    """Print the text of some training rows, at equal distances from the first to the last one."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    meta = json.loads((folder / "meta.json").read_text())
-    rows = np.memmap(folder / "train.bin", np.uint16, "r").reshape(-1, meta["seq_len"])
-    starts, files = {}, sorted(Path(glue).expanduser().glob("*/dev*.tsv"))  # {hash of the first 8 tokens: [(file, ids)]}
-    if not files:
-        sys.exit(f"prepare.py: overlap = {glue!r} holds no GLUE (CoLA/dev.tsv and so on)")
-    total, hits = Counter(), {str(file): set() for file in files}
-    for file in files:
-        header, *lines = (line.split("\t") for line in file.read_text("utf-8", "replace").split("\n"))
-        columns = [i for i, name in enumerate(header) if re.fullmatch(r"sentence[12]?|question[12]?|#[12] String", name)]
-        lines += [header] * (not columns)  # CoLA has no header
-        cells = sorted({line[i] for line in lines for i in columns or [3] if i < len(line)})
-        for cell, encoding in zip(cells, tokenizer.encode_batch_fast(cells, add_special_tokens=False)):
-            if len(encoding.ids) >= 8:
-                total[str(file)] += 1
-                ids = np.array(encoding.ids, np.uint16)
-                starts.setdefault(int(window_hashes(ids[:8], 8)[0]), []).append((str(file), cell, ids))
-    wanted = np.array(sorted(starts), np.uint64)
-    for part in tqdm(chunks(rows), "searching", disable=None):
-        block = np.array(rows[part])
-        found = window_hashes(block.ravel(), 8)
-        for at in np.flatnonzero(np.isin(found, wanted)):
-            row = block[at // block.shape[1]]
-            for file, cell, ids in starts[int(found[at])]:
-                if np.array_equal(row[at % len(row) :][: len(ids)], ids):
-                    hits[file].add(cell)
-    for file in hits:
-        print(f"{file}: {len(hits[file]):,} of {total[file]:,} sentences of 8 tokens or more are whole in a row of {folder}")
+    rows = training_rows(folder)
+    count = min(count, len(rows))
+    for i in np.linspace(0, len(rows) - 1, count).astype(int):
+        text = tokenizer.decode(rows[i].tolist(), skip_special_tokens=False)
+        print(f"row {i:,} of {len(rows):,}: {text}\n")

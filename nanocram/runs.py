@@ -1,42 +1,183 @@
-"""The checkpoint and the log of a run, which survive kill -9, a full disk and a change of the code."""
+"""The folder out/<run> of a pretraining run: begin or continue it, checkpoint, log, model.
+
+What was saved survives kill -9, a full disk and a change of the code.
+"""
 
 import errno
 import json
+import math
+import os
+import shutil
+import signal
 import sys
+from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
+from tqdm import tqdm
 
-from configurator import declared, one_line, replace_file
+from model import BERT
+from nanocram.configurator import defaults_of
+from nanocram.faults import Fault, one_line, replace_file, write_json
 
-# What may differ between the parts of one run; a change of anything else would be another experiment.
-FREE_KEYS = """resume out_dir device dtype compile micro_batch_size eval_minutes checkpoint_minutes log_seconds check_data
-wandb_log""".split()
-
-
-def completed(config):
-    """A run's config; a key that is younger than the run has its default."""
-    keys = {**declared("train.py"), **declared("model.py")}
-    return {k: value for k, (value, _) in keys.items() if k not in FREE_KEYS} | config
+CHECKPOINT_PARTS = "model optimizers scaler step tokens rows elapsed world torch".split()
+# What other scripts make of a run, or an earlier run left: none of it belongs to a new one.
+OUTPUT_FILES = ["ckpt.pt", "model.pt", "rules.json", "glue.json", "glue.md", "submission.zip"]
+OUTPUT_FOLDERS = ["submission", "classifiers", "scratch"]
 
 
-def load_checkpoint(path, config):
-    """The checkpoint, on the CPU. SystemExit if it is damaged, or of another experiment."""
+def save_torch(path, value):
+    """Write torch.save's file, complete or not at all.
+
+    An older file stays until the new one was read back.
+    """
+    with replace_file(path) as f:
+        try:
+            torch.save(value, f)
+            f.flush()
+            torch.load(f.name, map_location="cpu", weights_only=True)
+        except RuntimeError as e:  # torch's writer replaces the file's own error
+            message = f"could not be written ({str(e).splitlines()[0]})"
+            raise OSError(errno.EIO, message, str(path)) from e
+
+
+def open_run(folder, **changes):
+    """Return (BERT on the CPU in fp32, Tokenizer) of a finished run.
+
+    changes: fields of the model's Config to replace, for example dropout=0.1.
+    """
+    folder = Path(folder)
     try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        old = completed(ckpt["config"])
-        _ = [ckpt[k] for k in "model optimizers scaler step tokens rows elapsed world torch".split()]
-    except Exception as e:
-        sys.exit(f"train.py: {path} cannot be read: {one_line(e)}; remove it, or --resume=never starts anew")
-    changed = [f"{k} was {old[k]!r}, now {config.get(k)!r}" for k in old if k not in FREE_KEYS and config.get(k) != old[k]]
-    if changed:
-        sys.exit(f"train.py: {path} is of another experiment: {'; '.join(changed)}; choose another out_dir, or --resume=never")
-    return ckpt
+        model = BERT.from_run(folder, **changes)
+    except (FileNotFoundError, ValueError) as e:
+        raise Fault(e) from e
+    path = folder / "tokenizer.json"
+    try:
+        return model, Tokenizer.from_file(str(path))
+    except Exception as e:  # tokenizers raises nothing more special
+        raise Fault(f"{path} cannot be read: {one_line(e)}") from e
+
+
+def fill_in_defaults(config, script="train.py"):
+    """Return a run's config, with keys that the script has got since then at their defaults."""
+    return defaults_of(script) | config
+
+
+# --------------------------------------------------------------------------------------------------
+# The folder
+
+
+class Run:
+    """The folder of one run, and its checkpoint if there is one to continue."""
+
+    def __init__(self, folder, config, script, free_keys, resume):
+        """Look at the folder and change nothing. Raise Fault if this run has no place in it.
+
+        free_keys: what may differ between the parts of one run.
+        """
+        self.folder = Path(folder)
+        self.config = config
+        self.script = script
+        self.free_keys = free_keys
+        if (self.folder / "model.pt").exists() and resume == "auto":
+            advice = "choose another out_dir, or --resume=never to overwrite it"
+            raise Fault(f"{folder} holds a finished run; {advice}")
+        used = self.folder.exists() and any(self.folder.iterdir())
+        if used and not (self.folder / "log.jsonl").exists():
+            raise Fault(f"{folder} holds files that are not of a run; choose another out_dir")
+        self.path = self.folder / "ckpt.pt"
+        self.checkpoint = None
+        if self.path.exists() and resume == "auto":
+            self.checkpoint = self.load_checkpoint()
+
+    def load_checkpoint(self):
+        """Return the checkpoint, on the CPU. Raise Fault if damaged or of another experiment."""
+        try:
+            checkpoint = torch.load(self.path, map_location="cpu", weights_only=True)
+            old = fill_in_defaults(checkpoint["config"], self.script)
+            for part in CHECKPOINT_PARTS:
+                checkpoint[part]
+        except Exception as e:
+            advice = "remove it, or --resume=never starts anew"
+            raise Fault(f"{self.path} cannot be read: {one_line(e)}; {advice}") from e
+        changed = []
+        for key, value in old.items():
+            if key not in self.free_keys and self.config.get(key) != value:
+                changed.append(f"{key} was {value!r}, now {self.config.get(key)!r}")
+        if changed:
+            what = f"{self.path} is of another experiment: {'; '.join(changed)}"
+            raise Fault(f"{what}; choose another out_dir, or --resume=never")
+        return checkpoint
+
+    def restore(self, checkpoint, model, optimizers, scaler):
+        """Load a checkpoint into the model, its optimizers and the loss scaler."""
+        if checkpoint["model"].keys() != model.state_dict().keys():
+            what = f"{self.path} was saved by another version of the model, with other parameters"
+            raise Fault(f"{what}; continue it with that version, or --resume=never")
+        model.load_state_dict(checkpoint["model"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+            optimizer.load_state_dict(state)
+        if checkpoint["scaler"]:  # empty if that part of the run was not in fp16
+            scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["torch"] != str(torch.__version__):
+            versions = f"torch {checkpoint['torch']}, this is {torch.__version__}"
+            print(f"warning: the run began with {versions}")
+
+    def begin(self, state, tokenizer):
+        """Create the folder, or cut its log back to the checkpoint. Sets the clock in `state`.
+
+        tokenizer: the file to keep a copy of.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        log = self.folder / "log.jsonl"
+        if self.checkpoint:
+            # kills must not stretch the budget: time after the last checkpoint counts as well
+            state["elapsed"] = max(state["elapsed"], truncate_log(log, state["step"]))
+            hours = state["elapsed"] / 3600
+            where = f"at step {state['step']:,}, {hours:.3f} h into the budget"
+            print(f"continuing {self.folder} {where}")
+        else:
+            log.write_text("")
+            shutil.copy(tokenizer, self.folder / "tokenizer.json")
+            for name in OUTPUT_FILES:
+                (self.folder / name).unlink(missing_ok=True)
+            for name in OUTPUT_FOLDERS:
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+        write_json(self.folder / "config.json", self.config)
+        self.checkpoint = None  # its memory is needed
+
+    def save(self, state, model, optimizers, scaler):
+        """Write ckpt.pt. state: {step, tokens, rows, elapsed, world}."""
+        parts = {
+            "model": model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "scaler": scaler.state_dict(),
+        }
+        more = {"config": self.config, "torch": str(torch.__version__)}
+        save_torch(self.path, parts | state | more)
+
+
+class StopRequest:
+    """A reason to stop before the end: a signal that has arrived, or lack of memory."""
+
+    def __init__(self):
+        self.reason = ""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+
+    def on_signal(self, number, frame):
+        self.reason = "stopped"
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C does not wait
+
+
+# --------------------------------------------------------------------------------------------------
+# The log
 
 
 def read_log(path):
-    """The entries of a log.jsonl, but for a line that a kill has torn."""
+    """Return the entries of a log.jsonl, without a line that a kill has torn."""
     entries = []
-    for line in path.read_text().splitlines():
+    for line in Path(path).read_text().splitlines():
         try:
             entries.append(json.loads(line))
         except ValueError:
@@ -44,35 +185,79 @@ def read_log(path):
     return entries
 
 
-def add_shares(entries, config):
-    """Gives each entry of a log its `share`, of the run's time.
-
-    That is progress, but with max_steps progress is a share of the steps, and those of a growing batch take longer and longer:
-    then it is the share of the tokens, once all are seen.
-    """
-    last = entries[-1]
-    by_tokens = config.get("max_steps") and last.get("progress") == 1
-    for e in entries:
-        e["share"] = e["tokens"] / last["tokens"] if by_tokens and "tokens" in e else e.get("progress")
-
-
-def cut_log(path, step):
-    """Drops the log lines after `step`, and a torn one. Returns the time of the latest one before that, in seconds."""
+def truncate_log(path, step):
+    """Drop the log lines after `step`. Return the time of the last line, in seconds."""
     entries = read_log(path)
     hours = max((entry["hours"] for entry in entries), default=0.0)
     kept = [entry for entry in entries if entry["step"] <= step]
-    kept.append({"step": step, "hours": hours, "resumed": True})  # for the next kill
+    kept.append({"step": step, "hours": hours, "resumed": True})  # keeps the time for the next kill
     with replace_file(path) as f:
         f.write("".join(json.dumps(entry) + "\n" for entry in kept).encode())
     return hours * 3600
 
 
-def torch_save(path, value):
-    """torch.save, complete or not at all: what stood at `path` goes when the new file is whole and was read back."""
-    with replace_file(path) as f:
-        try:
-            torch.save(value, f)
-            f.flush()
-            torch.load(f.name, map_location="cpu", weights_only=True)
-        except RuntimeError as e:  # torch's writer replaces the error of the file by its own
-            raise OSError(errno.EIO, f"could not be written ({str(e).splitlines()[0]})", str(path)) from e
+def add_time_fraction(entries, config):
+    """Give each entry of a log its `time_fraction`: the part of the run's time that has passed.
+
+    By the clock, that is its progress. With max_steps, progress is the fraction of the steps,
+    and the steps of a growing batch take longer and longer. Then it is the fraction of the
+    tokens, as soon as all of them are seen.
+    """
+    last = entries[-1]
+    by_tokens = config.get("max_steps") and last.get("progress") == 1
+    for entry in entries:
+        if by_tokens and "tokens" in entry:
+            entry["time_fraction"] = entry["tokens"] / last["tokens"]
+        else:
+            entry["time_fraction"] = entry.get("progress")
+
+
+class Log:
+    """log.jsonl, and the same entries on the terminal: as a bar, or as lines in a file."""
+
+    def __init__(self, folder, rank, budget_hours, max_steps):
+        """Open the log to append to it. Ranks other than 0 write nothing."""
+        self.file = open(os.devnull if rank else folder / "log.jsonl", "a", buffering=1)
+        self.max_steps = max_steps
+        self.wandb = None
+        unit = "steps" if max_steps else "s"
+        self.bar = tqdm(
+            total=max_steps or round(budget_hours * 3600),
+            bar_format="{percentage:3.0f}%|{bar}| {n:.0f}/{total} " + unit + "{postfix}",
+            disable=True if rank else None,  # None: plain lines if the output is no terminal
+        )
+
+    def write(self, state, progress, **entry):
+        """Write one entry, after the step, tokens, hours and progress that it belongs to."""
+        elapsed = state["elapsed"]
+        head = {"step": state["step"], "tokens": state["tokens"]}
+        head |= {"hours": elapsed / 3600, "progress": progress}
+        self.file.write(json.dumps(head | entry) + "\n")
+        if self.wandb:
+            self.wandb.log(head | entry, step=state["step"])
+
+        self.bar.n = min(state["step"] if self.max_steps else round(elapsed), self.bar.total)
+        if self.bar.disable or "loss" not in entry:
+            shown = [f"{name} {x:,.4g}" for name, x in entry.items() if x is not None]
+            tqdm.write(f"step {state['step']:,}, {elapsed:,.0f} s: {', '.join(shown)}")
+            sys.stdout.flush()
+        else:
+            loss = math.nan if entry["loss"] is None else entry["loss"]
+            speed = f"{entry['tokens_per_s']:,.0f} tokens/s, MFU {entry['mfu']:.0%}"
+            self.bar.set_postfix_str(f"loss {loss:.3f}, {speed}")
+
+    def close(self):
+        self.bar.close()
+        self.file.close()
+
+
+def start_wandb(folder, config, resumed):
+    """Return the module wandb with a run begun or continued. Raise Fault if it is not installed."""
+    try:
+        import wandb
+    except ImportError as e:
+        raise Fault("wandb_log=True needs `pip install wandb`") from e
+    resume = "allow" if resumed else None
+    name = str(folder).replace("/", "-")
+    wandb.init(project="nanocram", name=folder.name, config=config, id=name, resume=resume)
+    return wandb

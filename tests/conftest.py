@@ -1,4 +1,4 @@
-"""Small inputs that the tests make themselves, and a way to run the scripts as a user does, in an empty folder."""
+"""Small inputs that the tests make themselves, and a way to run the scripts as a user does."""
 
 import functools
 import os
@@ -15,8 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
 os.environ["OMP_NUM_THREADS"] = "1"  # for models this small a second thread mostly waits
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import hardware  # noqa: E402
-import train  # noqa: E402
+from nanocram import device  # noqa: E402
 
 TINY_DATA = [
     "--dataset=tiny",
@@ -25,24 +24,40 @@ TINY_DATA = [
     "--seq_len=32",
     "--val_rows=16",
     "--max_chars=0",
+    "--max_rows=0",
+    "--filter_ratio=0.0",
+    "--order=shuffle",
 ]
-TINY_DATA += ["--max_rows=0", "--filter_ratio=0.0", "--order=shuffle"]
 TINY_MODEL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--n_inner=64", "--max_len=64"]
-TINY_TRAIN = ["--out_dir=out/tiny", "--batch_size=8", "--micro_batch_size=8", "--batch_ramp=0.0", "--log_seconds=0"]
-TINY_TRAIN += ["--compile=False", "--device=cpu", "--dtype=float32", "--learning_rate=0.003"]
+TINY_TRAIN = [
+    "--out_dir=out/tiny",
+    "--batch_size=8",
+    "--micro_batch_size=8",
+    "--batch_ramp=0.0",
+    "--log_seconds=0",
+    "--compile=False",
+    "--device=cpu",
+    "--dtype=float32",
+    "--learning_rate=0.003",
+]
 TINY = [*TINY_DATA, *TINY_MODEL, *TINY_TRAIN]
-PEAK = functools.cache(hardware.peak_flops)  # measured once
+PEAK = functools.cache(device.peak_flops)  # measured once
 
 
 def sentences(n_documents, seed=0):
-    """Documents of a toy language in which most words fix the next one, so that attention has something to learn."""
+    """Return documents of a toy language in which most words fix the next one.
+
+    So attention has something to learn.
+    """
     rng = random.Random(seed)
-    words = [a + b + c for a in "bdfg" for b in "aeio" for c in "lmnr"]
+    syllables = [(a, b) for a in "bdfg" for b in "aeio"]
+    words = [a + b + c for a, b in syllables for c in "lmnr"]
     documents = []
     for _ in range(n_documents):
         lines = []
         for _ in range(rng.randint(3, 9)):
-            i, line = rng.randrange(64), []
+            i = rng.randrange(64)
+            line = []
             for _ in range(rng.randint(4, 12)):
                 line.append(words[i])
                 i = (5 * i + 3) % 64 if rng.random() < 0.9 else rng.randrange(64)
@@ -54,19 +69,19 @@ def sentences(n_documents, seed=0):
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     """An empty folder to work in, with the repository's config files and a small text."""
-    keys = dict(vars(train))  # which bench.py and sweep.py set
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config").symlink_to(ROOT / "config")
     (tmp_path / "text.txt").write_text("\n\n".join(sentences(400)))
-    yield tmp_path
-    vars(train).update(keys)
+    return tmp_path
 
 
 @pytest.fixture
 def run(home, monkeypatch, capsys):
-    """run("train.py", "--key=value", ...) runs a script in this process and returns (exit message or None, output)."""
+    """run("train.py", "--key=value", ...) runs a stage, or a tool, in this process.
 
-    monkeypatch.setattr(hardware, "peak_flops", PEAK)
+    Returns (exit message or None, output). A path with a slash is a script elsewhere.
+    """
+    monkeypatch.setattr(device, "peak_flops", PEAK)
 
     def go(script, *args):
         handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -74,7 +89,11 @@ def run(home, monkeypatch, capsys):
         capsys.readouterr()
         message = None
         try:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
+            if (ROOT / "tools" / script).exists():
+                module = f"tools.{script.removesuffix('.py')}"
+                runpy.run_module(module, run_name="__main__", alter_sys=False)
+            else:
+                runpy.run_path(str(ROOT / script), run_name="__main__")
         except SystemExit as e:
             message = e.code
         finally:
@@ -93,8 +112,17 @@ def tiny_data(run):
     return output
 
 
+def command(script, *args):
+    """Return the command line of a stage or a tool, which needs ROOT in PYTHONPATH."""
+    if (ROOT / "tools" / script).exists():
+        return [sys.executable, "-m", f"tools.{script.removesuffix('.py')}", *args]
+    return [sys.executable, str(ROOT / script), *args]
+
+
 def start(script, *args, cwd):
-    """The script as a process of its own, for what kills processes."""
-    env = os.environ | {"PYTHONUNBUFFERED": "1"}
+    """Start the script as a process of its own, for what kills processes."""
+    env = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
     pipe = subprocess.PIPE
-    return subprocess.Popen([sys.executable, ROOT / script, *args], cwd=cwd, env=env, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(
+        command(script, *args), cwd=cwd, env=env, stdout=pipe, stderr=pipe, text=True
+    )

@@ -21,7 +21,13 @@ SMALL = [
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_config(run, glue, name):  # noqa: F811
-    tasks = ["--tasks=cola,rte", "--glue_dir=glue", "--glue_seeds=1", "--glue_max_len=64", "--glue_init=run"]
+    tasks = [
+        "--tasks=cola,rte",
+        "--glue_dir=glue",
+        "--glue_seeds=1",
+        "--glue_max_len=64",
+        "--glue_init=run",
+    ]
     for script in ("prepare.py", "train.py", "finetune_glue.py"):
         message, output = run(script, f"config/{name}", *SMALL, *tasks)
         assert message is None, f"{script}: {message}"

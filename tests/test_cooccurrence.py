@@ -15,12 +15,12 @@ from conftest import ROOT, TINY
 from test_model import bert
 from test_train import weights
 
-import cooccurrence
 import train
+from nanocram import cooccurrence
 
 
 def counted(rows):
-    """{(w, c): n(w, c)}: each two tokens of a row that are d <= 4 apart, 5 - d times, both ways round."""
+    """{(w, c): n(w, c)}: each two tokens of a row that are d <= 4 apart, 5 - d times, both ways."""
     n = Counter()
     for row in rows.tolist():
         for i, w in enumerate(row):
@@ -44,7 +44,8 @@ def ppmi(rows, vocab_size):
 def zipf(shape, vocab_size, seed=0):
     """Rows in which some tokens are common, and tokens 0 to 4 never occur, as in a corpus."""
     p = 1 / np.arange(1, vocab_size - 4)
-    return np.random.default_rng(seed).choice(np.arange(5, vocab_size), shape, p=p / p.sum()).astype(np.uint16)
+    rng = np.random.default_rng(seed)
+    return rng.choice(np.arange(5, vocab_size), shape, p=p / p.sum()).astype(np.uint16)
 
 
 @pytest.mark.parametrize("shape", [(140, 9), (70, 3), (1, 30), (30, 1)], ids=str)
@@ -58,23 +59,27 @@ def test_pairs_are_counted_by_their_distance(shape, monkeypatch):
 
 
 def test_a_part_of_a_sorted_corpus_is_from_all_over():
-    """Row i holds token i / 40 alone: a fifth of the tokens sees each token in a fifth of its rows."""
+    """Row i holds only token i / 40: a fifth of all tokens is a fifth of the rows of each."""
     rows = np.repeat(np.arange(80, dtype=np.uint16), 40)[:, None].repeat(6, axis=1)
-    whole, part = (cooccurrence.count_pairs(rows, 80, tokens).diagonal() for tokens in (rows.size, rows.size // 5))
+    whole, part = (
+        cooccurrence.count_pairs(rows, 80, tokens).diagonal()
+        for tokens in (rows.size, rows.size // 5)
+    )
     assert np.array_equal(whole, [40 * 2 * (5 * 4 + 4 * 3 + 3 * 2 + 2 * 1)] * 80)
     assert 0.15 < (part.sum() / whole.sum()).item() < 0.25 and (part > 0).sum() >= 64
 
 
 @pytest.mark.parametrize("width", [25, 10])
 def test_word_vectors_are_the_best_factors_of_the_ppmi(width, monkeypatch):
-    """Up to a rotation and one factor: their products are those of PPMI's rows, in its first `width` directions."""
+    """Up to a rotation and a factor: their products are those of PPMI in its first directions."""
     monkeypatch.setattr(cooccurrence, "STRIP", 7)
     rows = zipf((300, 8), 25)
     matrix, n = ppmi(rows, 25)
     u, s, _ = np.linalg.svd(matrix)
     expected = (u[:, :width] * s[:width] ** 2) @ u[:, :width].T
     vectors, frequencies = cooccurrence.word_vectors(rows, 25, width, 10**8)
-    assert vectors.shape == (25, width) and vectors.std().item() == pytest.approx(2.56 / width**0.5, rel=1e-4)
+    assert vectors.shape == (25, width)
+    assert vectors.std().item() == pytest.approx(2.56 / width**0.5, rel=1e-4)
     products = (vectors @ vectors.T).numpy()
     assert np.allclose(products / np.trace(products), expected / np.trace(expected), atol=2e-5)
     total = sum(n.values())
@@ -107,17 +112,22 @@ def test_tokens_that_never_occur_keep_their_random_embedding(tied):
     model, rows = bert(decoder_bias=True, tie_weights=tied), zipf((200, 8), 50)
     before = model.embedding.weight.detach().clone()
     model.embedding.weight.data *= 100  # longer than any vector
-    cooccurrence.begin_with_counts(model, rows, 10**8)
+    cooccurrence.initialize_from_counts(model, rows, 10**8)
     after = model.embedding.weight.detach()
-    assert torch.equal(after[:5], 100 * before[:5]) and 0.1 < after[5:].norm(dim=1).min() < after[5:].norm(dim=1).max() < 10
+    assert torch.equal(after[:5], 100 * before[:5])
+    lengths = after[5:].norm(dim=1)
+    assert 0.1 < lengths.min() < lengths.max() < 10
     assert model.decoder_bias[5] > model.decoder_bias[20] > model.decoder_bias[0]
 
 
 def test_one_matrix_of_counts_is_all_the_memory_it_takes():
     """Of 4 V^2 bytes, which at 32,768 tokens are 4.3 GB, and some strips."""
     code = """if True:
-        import re, numpy as np, cooccurrence
-        peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+        import re, numpy as np
+        from nanocram import cooccurrence
+        def peak():
+            status = open("/proc/self/status").read()
+            return int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1]) * 1024
         cooccurrence.STRIP = 1024  # less than 32 MB may stay on the heap
         rows = np.random.default_rng(0).integers(0, 8192, (4000, 64)).astype(np.uint16)
         cooccurrence.word_vectors(rows[:100] % 256, 256, 8, 10**8)
@@ -125,7 +135,9 @@ def test_one_matrix_of_counts_is_all_the_memory_it_takes():
         cooccurrence.word_vectors(rows, 8192, 8, 10**8)
         print((peak() - before) / (4 * 8192**2))
     """
-    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
+    )
     assert 1 < float(process.stdout) < 2
 
 
@@ -138,7 +150,8 @@ def test_a_run_begins_with_the_vectors_of_its_corpus(run, tiny_data, monkeypatch
     """And has it in its record of the rules, and does not count again when it goes on."""
     args = [*TINY, "--max_steps=1", "--learning_rate=1e-9", "--count_tokens=10_000_000"]
     message, said = run("train.py", *args)
-    assert message is None and f"{os.path.getsize('data/tiny/train.bin') // 2:,} tokens counted" in said
+    counted_tokens = os.path.getsize("data/tiny/train.bin") // 2
+    assert message is None and f"{counted_tokens:,} tokens counted" in said
     matrix, n = ppmi(np.fromfile("data/tiny/train.bin", np.uint16).reshape(-1, 32), 90)
     u, s, _ = np.linalg.svd(matrix)
     expected = (u[:, :32] * s[:32] ** 2) @ u[:, :32].T
@@ -146,10 +159,8 @@ def test_a_run_begins_with_the_vectors_of_its_corpus(run, tiny_data, monkeypatch
     kept = [i for i in range(90) if i in n]
     products, expected = (x[np.ix_(kept, kept)] for x in (embedding @ embedding.T, expected))
     assert np.allclose(products / np.trace(products), expected / np.trace(expected), atol=1e-3)
-    assert (
-        "10,000,000 tokens"
-        in json.loads(Path("out/tiny/rules.json").read_text())["1 a masked language model from scratch"]["did"]
-    )
+    rules = json.loads(Path("out/tiny/rules.json").read_text())
+    assert "10,000,000 tokens" in rules["1 a masked language model from scratch"]["did"]
     Path("out/tiny/model.pt").unlink()
     monkeypatch.setattr(cooccurrence, "word_vectors", None)
     assert run("train.py", *args)[0] is None

@@ -4,7 +4,7 @@ import types
 import pytest
 import torch
 
-import hardware
+from nanocram import device
 
 
 @pytest.mark.parametrize(
@@ -25,14 +25,18 @@ import hardware
 def test_peaks_of_known_gpus(monkeypatch, name, tflops):
     """Names as the driver gives them; some are the beginnings of others."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
-    assert hardware.peak_flops("cuda", torch.float16) == (tflops * 1e12, name)
+    assert device.peak_flops("cuda", torch.float16) == (tflops * 1e12, name)
 
 
 @pytest.mark.parametrize("seconds, largest", [(1.0, 256), (0.04, 512), (0.001, 2048)])
 def test_the_search_for_a_peak_spares_a_slow_device(monkeypatch, seconds, largest):
-    """By a clock that gives each product the same time, the largest that was tried is the fastest."""
+    """If each product takes the same time, the largest that was tried is the fastest."""
     clock, sizes = itertools.count(0, seconds), []
-    monkeypatch.setattr(hardware, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(device, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
     monkeypatch.setattr(torch, "rand", lambda n, m, **_: sizes.append(n) or torch.zeros(n, m))
-    peak, how = hardware.peak_flops("cpu", torch.float32)
-    assert peak == pytest.approx(2 * largest**3 / seconds) and how == "measured on this cpu" and sizes[0] == 256
+    peak, how = device.peak_flops("cpu", torch.float32)
+    assert (
+        peak == pytest.approx(2 * largest**3 / seconds)
+        and how == "measured on this cpu"
+        and sizes[0] == 256
+    )

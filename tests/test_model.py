@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as M
-import train
-from configurator import configure
 from model import BERT, Classifier, Config, flops_per_token
+from nanocram.configurator import resolve
+from nanocram.optim import make_optimizers
 
-tiny = {k: v for k, v in configure("train.py", TINY_MODEL).items() if k in Config.__dataclass_fields__} | {"vocab_size": 50}
+keys = resolve("train.py", TINY_MODEL)
+tiny = {name: keys[name] for name in Config.__dataclass_fields__} | {"vocab_size": 50}
 
 
 def bert(**changes):
@@ -29,7 +30,8 @@ def test_the_crammed_bert_has_the_papers_size():
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     assert sum(sizes.values()) == 119_589_889
     D, layers, inner, vocab = 768, 16, 3072, 32768
-    assert sum(sizes.values()) == vocab * D + layers * (4 * D * D + D * inner + inner // 2 * D + 4 * D) + 4 * D + 1
+    block = 4 * D * D + D * inner + inner // 2 * D + 4 * D
+    assert sum(sizes.values()) == vocab * D + layers * block + 4 * D + 1
     assert not [n for n in sizes if n.endswith("bias") and "norm" not in n]
 
 
@@ -55,7 +57,9 @@ def test_rotary_against_transformers():
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-    theirs = LlamaRotaryEmbedding(LlamaConfig(hidden_size=64, num_attention_heads=4, rope_theta=1000.0))
+    theirs = LlamaRotaryEmbedding(
+        LlamaConfig(hidden_size=64, num_attention_heads=4, rope_theta=1000.0)
+    )
     q, k = torch.randn(2, 4, 10, 16), torch.randn(2, 4, 10, 16)
     expected = apply_rotary_pos_emb(q, k, *theirs(q, torch.arange(10)[None]))
     tables = M.rotary_tables(10, 16, theirs.config.rope_parameters["rope_theta"])
@@ -68,7 +72,8 @@ def test_attention_on_a_cpu_is_sdpa():
     mask = torch.rand(2, 1, 1, 9) < 0.7
     mask[..., 0] = True
     for m in (None, mask):
-        assert torch.allclose(M.attend(q, k, v, m, 0.0), F.scaled_dot_product_attention(q, k, v, attn_mask=m), atol=1e-6)
+        expected = F.scaled_dot_product_attention(q, k, v, attn_mask=m)
+        assert torch.allclose(M.attend(q, k, v, m, 0.0), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -87,10 +92,12 @@ def test_the_whole_model_against_a_second_one(changes):
     model = bert(**changes)
     if "embedding_skip" in changes:
         assert model.stream_scale.tolist() == [1.0, 1.0] and model.skip_scale.tolist() == [0.0, 0.0]
-        model.stream_scale.data, model.skip_scale.data = torch.tensor([0.5, 2.0]), torch.tensor([0.25, -1.0])
+        model.stream_scale.data = torch.tensor([0.5, 2.0])
+        model.skip_scale.data = torch.tensor([0.25, -1.0])
     if "value_residual" in changes:
         assert [block.value_scale.tolist() for block in model.blocks] == [[0.5, 0.5]] * 2
-        model.blocks[0].value_scale.data, model.blocks[1].value_scale.data = torch.tensor([[2.0, 1.5], [-0.5, 3.0]])
+        model.blocks[0].value_scale.data = torch.tensor([2.0, 1.5])
+        model.blocks[1].value_scale.data = torch.tensor([-0.5, 3.0])
     ids = torch.randint(50, (3, 11))
     w = dict(model.named_parameters())
     D, H = 32, 2
@@ -116,35 +123,46 @@ def test_the_whole_model_against_a_second_one(changes):
         if "embedding_skip" in changes:
             x = w["stream_scale"][i] * x + w["skip_scale"][i] * embedded
         q, k, v = (
-            t.view(3, 11, H, D // H).transpose(1, 2) for t in (norm(x, b + "norm1") @ w[b + "qkv.weight"].T).split(D, -1)
+            t.view(3, 11, H, D // H).transpose(1, 2)
+            for t in (norm(x, b + "norm1") @ w[b + "attention.qkv.weight"].T).split(D, -1)
         )
         if "value_residual" in changes:
             first = v if first is None else first
             v = 3.5 * v if i == 0 else 3.0 * first - 0.5 * v
         if "qk_norm" in changes:
-            q, k = (t / (t.square().mean(-1, keepdim=True) + torch.finfo(t.dtype).eps).sqrt() for t in (q, k))
+            q, k = (
+                t / (t.square().mean(-1, keepdim=True) + torch.finfo(t.dtype).eps).sqrt()
+                for t in (q, k)
+            )
         if "neighbour_keys" in changes:
             q, k = beside(q), beside(k)
         elif "position" in changes:
             q, k = (M.rotate(t, *M.rotary_tables(11, D // H, 10000.0)) for t in (q, k))
         y = torch.softmax(q @ k.transpose(2, 3) / math.sqrt(D // H), -1) @ v
-        x = x + y.transpose(1, 2).reshape(3, 11, D) @ w[b + "out.weight"].T
-        h = norm(x, b + "norm2") @ w[b + "up.weight"].T
-        x = x + (h[..., :32] * F.gelu(h[..., 32:])) @ w[b + "down.weight"].T
+        x = x + y.transpose(1, 2).reshape(3, 11, D) @ w[b + "attention.out.weight"].T
+        h = norm(x, b + "norm2") @ w[b + "feed_forward.up.weight"].T
+        x = x + (h[..., :32] * F.gelu(h[..., 32:])) @ w[b + "feed_forward.down.weight"].T
     expected = norm(x, "final_norm") @ w["embedding.weight"].T
     positions = torch.tensor([0, 5, 12, 32])
     assert torch.allclose(model(ids, positions), expected.view(33, 50)[positions], atol=1e-5)
     loss = model(ids, positions, torch.tensor([1, 2, 3, 4]))
     assert loss.item() == pytest.approx(
-        -expected.view(33, 50)[positions].log_softmax(-1)[range(4), [1, 2, 3, 4]].mean().item(), abs=1e-5
+        -expected.view(33, 50)[positions].log_softmax(-1)[range(4), [1, 2, 3, 4]].mean().item(),
+        abs=1e-5,
     )
 
 
-POSITIONS = [{"position": "scaled_sinusoidal"}, {"position": "rotary"}, {"position": "rotary", "neighbour_keys": True}]
+POSITIONS = [
+    {"position": "scaled_sinusoidal"},
+    {"position": "rotary"},
+    {"position": "rotary", "neighbour_keys": True},
+]
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.sampled_from(POSITIONS), st.booleans(), st.lists(st.integers(1, 12), min_size=1, max_size=4))
+@given(
+    st.sampled_from(POSITIONS), st.booleans(), st.lists(st.integers(1, 12), min_size=1, max_size=4)
+)
 def test_padding_changes_nothing(position, qk_norm, lengths):
     model = bert(**position, qk_norm=qk_norm).eval()
     ids = torch.randint(50, (len(lengths), max(lengths) + 3))
@@ -158,26 +176,39 @@ def test_order_matters_with_either_kind_of_positions():
     for position in ("scaled_sinusoidal", "rotary"):
         model = bert(position=position)
         for block in model.blocks:
-            block.qkv.weight.data *= 20  # as after training: at the init attention is nearly uniform
+            # as after training: at the init attention is nearly uniform
+            block.attention.qkv.weight.data *= 20
         ids = torch.randint(50, (1, 12))
         there = model.encode(ids)[0]
         back = model.encode(ids.flip(1))[0].flip(0)
         assert not torch.allclose(there, back, atol=1e-3)
 
 
-NANOCRAM = {"position": "rotary", "qk_norm": True, "neighbour_keys": True, "value_residual": True, "embedding_skip": True}
+NANOCRAM = {
+    "position": "rotary",
+    "qk_norm": True,
+    "neighbour_keys": True,
+    "value_residual": True,
+    "embedding_skip": True,
+}
 
 
-@pytest.mark.parametrize("changes", [{}, {"position": "rotary"}, {**NANOCRAM, "embedding_skip": False, "n_layer": 2}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"position": "rotary"}, {**NANOCRAM, "embedding_skip": False, "n_layer": 2}]
+)
 def test_compiled_bf16_gradients(changes):
-    """Guards against miscompilation: a compiled bf16 step against eager fp32, parameter by parameter.
+    """Compare a compiled bf16 step with eager fp32, parameter by parameter.
 
-    Without embedding_skip: the norms behind it leave its factors a gradient near 0, which in bf16 is noise, compiled or not.
+    Without embedding_skip: the norms after it leave its factors a gradient near 0, which in bf16 is
+    noise, compiled or not.
     """
-    model = bert(**{"n_embd": 128, "n_inner": 256, "n_layer": 1, "max_len": 128, "vocab_size": 200, **changes})
-    batch = torch.randint(200, (16, 128)), torch.arange(0, 16 * 128, 4), torch.randint(200, (16 * 32,))
+    size = {"n_embd": 128, "n_inner": 256, "n_layer": 1, "max_len": 128, "vocab_size": 200}
+    model = bert(**size | changes)
+    ids, targets = torch.randint(200, (16, 128)), torch.randint(200, (16 * 32,))
+    batch = ids, torch.arange(0, 16 * 128, 4), targets
     gradients = []
-    for forward, dtype in ((model, torch.float32), (torch.compile(model, dynamic=False), torch.bfloat16)):
+    compiled = torch.compile(model, dynamic=False)
+    for forward, dtype in ((model, torch.float32), (compiled, torch.bfloat16)):
         model.dtype = dtype
         forward(*batch).backward()
         gradients.append({n: p.grad for n, p in model.named_parameters()})
@@ -192,7 +223,8 @@ def test_dropout_keeps_the_mean_and_drops_the_share():
     assert abs((y == 0).float().mean() - 0.1) < 0.005 and abs(y.mean() - 1) < 0.005
     assert y.unique().tolist() == pytest.approx([0, 1 / 0.9])
     assert M.dropout(x, 0.1, False) is x
-    noise = M.dropout(torch.ones(40_000, 4), 0.5, True) > 0  # the four values of one draw are independent
+    # the four values of one draw are independent
+    noise = M.dropout(torch.ones(40_000, 4), 0.5, True) > 0
     assert abs(torch.corrcoef(noise.T.float()) - torch.eye(4)).max() < 0.03
 
 
@@ -202,7 +234,9 @@ def test_flops_against_torchs_counter(changes):
     ids, positions = torch.randint(50, (B, T)), torch.arange(B * k)
     with FlopCounterMode(display=False) as counter:
         model(ids, positions, torch.randint(50, (B * k,))).backward()
-    assert flops_per_token(model.config, T, k) * B * T == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert flops_per_token(model.config, T, k) * B * T == pytest.approx(
+        counter.get_total_flops(), rel=0.02
+    )
 
 
 @pytest.mark.parametrize("pooling", ["first", "mean"])
@@ -212,9 +246,17 @@ def test_classifier(pooling, n_classes):
     ids, mask = torch.randint(50, (2, 8)), torch.ones(2, 8, dtype=torch.bool)
     mask[1, 5:] = False
     hidden = model.bert.encode(ids, mask)
-    pooled = hidden[:, 0] if pooling == "first" else torch.stack([hidden[0].mean(0), hidden[1, :5].mean(0)])
-    expected = torch.tanh(pooled @ model.pooler.weight.T + model.pooler.bias) @ model.head.weight.T + model.head.bias
-    assert model(ids, mask).shape == (2, n_classes) and torch.allclose(model(ids, mask), expected, atol=1e-6)
+    pooled = (
+        hidden[:, 0]
+        if pooling == "first"
+        else torch.stack([hidden[0].mean(0), hidden[1, :5].mean(0)])
+    )
+    expected = (
+        torch.tanh(pooled @ model.pooler.weight.T + model.pooler.bias) @ model.head.weight.T
+        + model.head.bias
+    )
+    assert model(ids, mask).shape == (2, n_classes)
+    assert torch.allclose(model(ids, mask), expected, atol=1e-6)
     assert model.pooler.weight.shape == (1024, 32)
 
 
@@ -228,7 +270,10 @@ def test_impossible_models_are_refused():
         ({"qk_norm": True, "attention": "fourier"}, "qk_norm is for attention=softmax"),
         ({"value_residual": True, "attention": "flash"}, "value_residual is for attention=softmax"),
         ({"neighbour_keys": True}, "neighbour_keys needs rotary positions and softmax"),
-        ({"neighbour_keys": True, "position": "rotary", "attention": "flash"}, "neighbour_keys needs rotary positions"),
+        (
+            {"neighbour_keys": True, "position": "rotary", "attention": "flash"},
+            "neighbour_keys needs rotary positions",
+        ),
         ({"neighbour_keys": True, "position": "rotary", "n_head": 16}, "divisible by 4, not 2"),
         ({"attention": "flash", "norm_place": "post"}, "norm_place=pre only"),
         ({"attention": "flash", "glu": False}, "gated"),
@@ -239,7 +284,7 @@ def test_impossible_models_are_refused():
         bert().encode(torch.zeros(1, 65, dtype=torch.long))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The switches
 
 
@@ -266,27 +311,31 @@ def label(changes):
 
 @pytest.mark.parametrize("changes", [{}, *SWITCHES], ids=label)
 def test_weights_decay_by_name(changes):
-    """Every matrix and embedding decays, and nothing else: by the names, as people choose the groups elsewhere."""
+    """Every matrix and embedding decays, and nothing else: by the names, as others choose them."""
     model = bert(**changes)
     names = {id(p): name for name, p in model.named_parameters()}
-    decay, exempt = ({names[id(p)] for p in group["params"]} for group in train.make_optimizers(model)[0].param_groups)
+    settings = {"learning_rate": 1e-3, "weight_decay": 0.01, "betas": (0.9, 0.98), "eps": 1e-12}
+    (adamw,) = make_optimizers(model, "adamw", **settings)
+    decay, exempt = ({names[id(p)] for p in group["params"]} for group in adamw.param_groups)
+    assert [group["weight_decay"] for group in adamw.param_groups] == [0.01, 0.0]
     matrix = re.compile(r"(embedding|qkv|out|qk|up|down|transform|decoder)\.weight")
-    assert decay == {name for name in names.values() if matrix.search(name)} and decay | exempt == set(names.values())
+    assert decay == {name for name in names.values() if matrix.search(name)}
+    assert decay | exempt == set(names.values())
     assert all(re.search(r"norm|bias|scale|offset", name) for name in exempt)
-    train.optimizer = "muon"
-    try:
-        adam, muon = train.make_optimizers(model)
-    finally:
-        train.optimizer = "adamw"
+    adam, muon = make_optimizers(model, "muon", **settings)
     parts = {names[id(p)]: group["parts"] for group in muon.param_groups for p in group["params"]}
     assert parts.keys() == {name for name in decay if name.startswith("blocks.")}
-    assert all(n == (3 if "qkv" in name else 2 if "up" in name and model.config.glu else 1) for name, n in parts.items())
-    assert parts.keys() | {names[id(p)] for group in adam.param_groups for p in group["params"]} == set(names.values())
+    assert all(
+        n == (3 if "qkv" in name else 2 if "up" in name and model.config.glu else 1)
+        for name, n in parts.items()
+    )
+    rest = {names[id(p)] for group in adam.param_groups for p in group["params"]}
+    assert parts.keys() | rest == set(names.values())
 
 
 @pytest.mark.parametrize("changes", SWITCHES, ids=label)
 def test_every_switch_learns_and_has_gradients_everywhere(changes):
-    """Every parameter that a switch adds gets a gradient, and a few steps on one batch bring the loss far down."""
+    """Every parameter of a switch gets a gradient, and a few steps on one batch lower the loss."""
     model = bert(**changes)
     ids = torch.randint(50, (4, 16))
     batch = ids, torch.arange(0, 64, 2), ids.flatten()[::2]
@@ -295,15 +344,20 @@ def test_every_switch_learns_and_has_gradients_everywhere(changes):
     for _ in range(60):
         loss = model(*batch)
         loss.backward()
-        missing = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-        assert not [n for n in missing if "qk_" not in n], missing  # relu^2 may be dead for one step
+        missing = [
+            n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
+        ]
+        # relu^2 may be dead for one step
+        assert not [n for n in missing if "qk_" not in n], missing
         opt.step()
         opt.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
 
 
-@pytest.mark.parametrize("changes", [c for c in SWITCHES if c.get("attention") != "fourier"], ids=label)
+@pytest.mark.parametrize(
+    "changes", [c for c in SWITCHES if c.get("attention") != "fourier"], ids=label
+)
 def test_padding_changes_nothing_with_any_switch(changes):
     model = bert(**changes).eval()
     ids, mask = torch.randint(50, (2, 14)), torch.ones(2, 14, dtype=torch.bool)
@@ -316,46 +370,54 @@ def test_fourier_against_scipy():
     import scipy.fft
 
     x = torch.randn(3, 10, 32)
-    mixed = bert(attention="fourier").blocks[0].fourier(x, None, None)
-    assert torch.allclose(mixed, torch.from_numpy(scipy.fft.fft2(x.numpy(), axes=(1, 2)).real), atol=1e-4)
+    mixed, _ = bert(attention="fourier").blocks[0].attention(x, None, None, None, None)
+    expected = torch.from_numpy(scipy.fft.fft2(x.numpy(), axes=(1, 2)).real)
+    assert torch.allclose(mixed, expected, atol=1e-4)
 
 
 def test_gated_attention_unit_against_the_papers_formula():
     """Hua et al. 2022, equation 1 and figure 2, written with einsum."""
-    block = bert(attention="flash").blocks[0]
+    unit = bert(attention="flash").blocks[0].attention
     x = torch.randn(2, 7, 32)
-    u, v = F.silu(x @ block.up.weight.T)[..., 32:], F.silu(x @ block.up.weight.T)[..., :32]
-    z = F.silu(x @ block.qk.weight.T)
-    scale, offset = block.qk_scale.view(2, -1), block.qk_offset.view(2, -1)
+    u, v = F.silu(x @ unit.up.weight.T)[..., 32:], F.silu(x @ unit.up.weight.T)[..., :32]
+    z = F.silu(x @ unit.qk.weight.T)
+    scale, offset = unit.qk_scale.view(2, -1), unit.qk_offset.view(2, -1)
     q, k = (z * scale[i] + offset[i] for i in range(2))
     a = F.relu(torch.einsum("bns,bms->bnm", q, k) / 7) ** 2
-    expected = (u * torch.einsum("bnm,bme->bne", a, v)) @ block.down.weight.T
-    assert torch.allclose(block.flash(x, None, None), expected, atol=1e-6)
+    expected = (u * torch.einsum("bnm,bme->bne", a, v)) @ unit.down.weight.T
+    found, _ = unit(x, None, None, None, None)
+    assert torch.allclose(found, expected, atol=1e-6)
 
 
 def test_norms_and_activations_against_torch():
     x = torch.randn(4, 32)
     norm = M.make_norm(Config(**tiny | {"norm": "rmsnorm"}))
-    assert torch.allclose(norm(x), x / (x.square().mean(-1, keepdim=True) + 1e-12).sqrt(), atol=1e-6)
-    block = bert().blocks[0]
-    value, gate = (x @ block.up.weight.T).chunk(2, -1)
+    expected = x / (x.square().mean(-1, keepdim=True) + 1e-12).sqrt()
+    assert torch.allclose(norm(x), expected, atol=1e-6)
+    gated = bert().blocks[0].feed_forward
+    value, gate = (x @ gated.up.weight.T).chunk(2, -1)
     geglu = value * torch.nn.GELU()(gate)
-    assert torch.allclose(block.feed_forward(x), geglu @ block.down.weight.T, atol=1e-6)
-    plain = bert(glu=False, activation="relu2").blocks[0]
-    assert torch.allclose(plain.feed_forward(x), (x @ plain.up.weight.T).clamp(min=0) ** 2 @ plain.down.weight.T, atol=1e-6)
+    assert torch.allclose(gated(x), geglu @ gated.down.weight.T, atol=1e-6)
+    plain = bert(glu=False, activation="relu2").blocks[0].feed_forward
+    expected = (x @ plain.up.weight.T).clamp(min=0) ** 2 @ plain.down.weight.T
+    assert torch.allclose(plain(x), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("name, expected", [("bert_base", 109_514_298), ("izsak", None)])
 def test_sizes_of_the_published_models(name, expected, monkeypatch):
-    """BERT-base without pooler and next-sentence head has 109,514,298 parameters, with a vocabulary of 30,522."""
+    """BERT-base has 109,514,298 parameters, without its pooler and next-sentence head.
+
+    That is with a vocabulary of 30,522.
+    """
     monkeypatch.chdir(ROOT)
-    config = configure("train.py", [f"config/{name}.py"])
+    config = resolve("train.py", [f"config/{name}.py"])
     c = Config(**{k: config[k] for k in Config.__dataclass_fields__} | {"vocab_size": 30522})
     with torch.device("meta"):
         n = sum(p.numel() for p in BERT(c).parameters())
     D = c.n_embd
     block = 4 * D * D + 4 * D + 2 * D * c.n_inner + c.n_inner + D + 4 * D
-    assert n == (30522 + c.max_len + c.token_types) * D + 2 * D + c.n_layer * block + D * D + 3 * D + 30522
+    embeddings = (30522 + c.max_len + c.token_types) * D + 2 * D
+    assert n == embeddings + c.n_layer * block + D * D + 3 * D + 30522
     assert expected in (None, n)
 
 
@@ -363,14 +425,18 @@ def test_sizes_of_the_published_models(name, expected, monkeypatch):
 def test_flops_of_every_switch(changes):
     model, T, B, k = bert(**changes), 32, 4, 8
     with FlopCounterMode(display=False) as counter:
-        model(torch.randint(50, (B, T)), torch.arange(0, B * T, T // k), torch.randint(50, (B * k,))).backward()
-    assert flops_per_token(model.config, T, k) * B * T == pytest.approx(counter.get_total_flops(), rel=0.02)
+        ids, targets = torch.randint(50, (B, T)), torch.randint(50, (B * k,))
+        model(ids, torch.arange(0, B * T, T // k), targets).backward()
+    assert flops_per_token(model.config, T, k) * B * T == pytest.approx(
+        counter.get_total_flops(), rel=0.02
+    )
 
 
 @pytest.mark.parametrize("changes", SWITCHES, ids=label)
 def test_what_is_not_computed_is_not_needed(changes):
-    """Logits at some positions, and their gradients, are those of a model that computes everything everywhere."""
-    model, ids, positions = bert(**changes).eval(), torch.randint(50, (2, 8)), torch.tensor([3, 1, 8, 15])
+    """Logits at some positions, and their gradients, are those of a model that computes all."""
+    model = bert(**changes).eval()
+    ids, positions = torch.randint(50, (2, 8)), torch.tensor([3, 1, 8, 15])
     everywhere = model.logits(model.encode(ids)).flatten(0, 1)
     weights = list(model.parameters())
     found = [model(ids, positions), everywhere[positions]]
@@ -381,7 +447,7 @@ def test_what_is_not_computed_is_not_needed(changes):
 
 
 def test_one_graph_and_no_recompilation_with_a_batch_ramp():
-    """The step of train.py is compiled once: an evaluation between steps and other micro-batch counts change nothing."""
+    """A step is compiled once: evaluations and other micro-batch counts change nothing."""
     from torch._dynamo.testing import CompileCounter
 
     counter = CompileCounter()
@@ -389,7 +455,8 @@ def test_one_graph_and_no_recompilation_with_a_batch_ramp():
     step = torch.compile(model, backend=counter, dynamic=False)
     for n_micro in (1, 3, 2):
         for _ in range(n_micro):
-            step(torch.randint(50, (4, 16)), torch.arange(0, 64, 4), torch.randint(50, (16,))).backward()
+            ids, targets = torch.randint(50, (4, 16)), torch.randint(50, (16,))
+            step(ids, torch.arange(0, 64, 4), targets).backward()
         model.eval()
         with torch.no_grad():
             model(torch.randint(50, (7, 16)), torch.arange(0, 112, 16))
@@ -398,7 +465,10 @@ def test_one_graph_and_no_recompilation_with_a_batch_ramp():
 
 
 def test_switches_leave_nothing_in_the_compiled_default():
-    """The operations of the crammed BERT, counted by hand; beside views and casts, and dropouts of p = 0, which go later."""
+    """The operations of the crammed BERT, counted by hand.
+
+    Views, casts and dropouts of p = 0, which go later, do not count.
+    """
     names = Counter()
 
     def backend(graph, inputs):
@@ -411,10 +481,18 @@ def test_switches_leave_nothing_in_the_compiled_default():
     torch.compile(model, backend=backend, dynamic=False)(
         torch.randint(50, (4, 16)), torch.arange(16), torch.randint(50, (16,))
     )
-    for free in ("getitem", "view", "reshape", "flatten", "permute", "transpose", "to", "float", "dropout"):
+    for free in "getitem view reshape flatten permute transpose to float dropout".split():
         names.pop(free, None)
-    work = {"index_select": 2, "layer_norm": 3 * 2 + 2, "linear": 3 * 5 + 1, "matmul": 3 * 2, "softmax": 3, "gelu": 3}
-    sums = {"add": 1 + 3 * 2, "mul": 1 + 3 * 2}  # positions and residuals; position_scale, 1 / sqrt(width) and the gate
+    work = {
+        "index_select": 2,
+        "layer_norm": 3 * 2 + 2,
+        "linear": 3 * 5 + 1,
+        "matmul": 3 * 2,
+        "softmax": 3,
+        "gelu": 3,
+    }
+    # positions and residuals; position_scale, 1 / sqrt(width) and the gate
+    sums = {"add": 1 + 3 * 2, "mul": 1 + 3 * 2}
     assert names == work | sums | {"cross_entropy": 1}
 
 
@@ -423,3 +501,54 @@ def test_dropout_is_on_embeddings_attention_and_residuals(monkeypatch):
     monkeypatch.setattr(M, "dropout", lambda x, p, training: seen.append((p, training)) or x)
     model.train().encode(torch.randint(50, (2, 8)))
     assert seen == [(0.1, True)] * 7  # 1 + 2 layers x (attention + 2 residuals)
+
+
+# --------------------------------------------------------------------------------------------------
+# The model of a finished run
+
+
+def save(folder, model, rename=lambda name: name):
+    weights = {rename(name): tensor for name, tensor in model.state_dict().items()}
+    torch.save({"config": vars(model.config), "model": weights}, folder / "model.pt")
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"attention": "fourier"}, {"attention": "flash"}, NANOCRAM], ids=label
+)
+def test_a_model_with_the_old_names_loads(changes, tmp_path):
+    """Until the sublayers were modules, the block held their parameters: `blocks.0.qkv.weight`."""
+    model = bert(**changes)
+    save(tmp_path, model, lambda name: re.sub(r"attention\.|feed_forward\.", "", name))
+    names = torch.load(tmp_path / "model.pt", weights_only=True)["model"].keys()
+    assert "blocks.0.up.weight" in names and not any("attention" in name for name in names)
+    ids, positions = torch.randint(50, (2, 9)), torch.tensor([1, 8, 17])
+    assert torch.equal(BERT.from_run(tmp_path)(ids, positions), model(ids, positions))
+
+
+def test_a_model_of_a_run(tmp_path):
+    """Segments that pretraining has not seen begin as the first, and fields can be replaced."""
+    model = bert(token_types=3)
+    save(tmp_path, model)
+    found = BERT.from_run(tmp_path, dropout=0.1)
+    assert vars(found.config) == vars(model.config) | {"dropout": 0.1} and model.config.dropout == 0
+    segments = found.state_dict().pop("type_embedding.weight")
+    assert torch.equal(segments, model.type_embedding.weight[:1].expand(3, -1))
+    for name, weight in model.state_dict().items():
+        assert name == "type_embedding.weight" or torch.equal(found.state_dict()[name], weight)
+
+
+def test_a_run_without_a_model_is_refused_in_one_line(tmp_path):
+    missing = "model.pt does not exist; run train.py first"
+    with pytest.raises(FileNotFoundError, match=missing) as error:
+        BERT.from_run(tmp_path)
+    assert "\n" not in str(error.value)
+    (tmp_path / "model.pt").write_bytes(b"PK broken")
+    other = {"config": {"layers": 2}, "model": {}}
+    empty = {"config": tiny, "model": {}}
+    damaged = r"model.pt cannot be read \(damaged, of another version\?\): \w+Error: "
+    for content in (None, other, empty):
+        if content:
+            torch.save(content, tmp_path / "model.pt")
+        with pytest.raises(ValueError, match=damaged) as error:
+            BERT.from_run(tmp_path)
+        assert "\n" not in str(error.value)

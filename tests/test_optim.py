@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from muon import ITERATIONS, Muon, orthogonalize
+from nanocram.optim import ITERATIONS, NorMuon, orthogonalize
 
 
 def matrix(*shape, seed=0):
@@ -11,7 +11,7 @@ def matrix(*shape, seed=0):
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (2, 16, 64)])
 def test_orthogonalize_is_the_polar_factor_roughly(shape):
-    """Against the singular value decomposition: the same singular vectors, values in [0.65, 1.25]."""
+    """Against a singular value decomposition: the same vectors, and values in [0.65, 1.25]."""
     stack = matrix(*shape) + 12 * torch.eye(shape[1], shape[2])  # no singular value near zero
     found = orthogonalize(stack.bfloat16()).float()
     u, _, v = torch.linalg.svd(stack, full_matrices=False)
@@ -22,7 +22,7 @@ def test_orthogonalize_is_the_polar_factor_roughly(shape):
 
 
 def test_orthogonalize_applies_the_quintic_to_the_singular_values():
-    """In float64, where rounding hides nothing: x to 3.4445 x - 4.775 x^3 + 2.0315 x^5, once an iteration."""
+    """In float64, so that rounding hides nothing: 3.4445 x - 4.775 x^3 + 2.0315 x^5 each time."""
     stack = matrix(3, 16, 24).double()
     u, s, v = torch.linalg.svd(stack, full_matrices=False)
     s = s / s.norm(dim=1, keepdim=True)
@@ -33,30 +33,41 @@ def test_orthogonalize_applies_the_quintic_to_the_singular_values():
 
 @pytest.mark.parametrize("shape", [(24, 24), (16, 48), (48, 16)])
 def test_steps_are_algorithm_1_of_normuon_after_torchs_muon(shape):
-    """Five steps: torch.optim.Muon orthogonalises, from there as in the paper; but for the rounding of bf16."""
+    """Five steps: torch.optim.Muon, then as in the paper; equal but for the rounding of bf16."""
     ours, theirs = torch.nn.Parameter(matrix(*shape)), torch.nn.Parameter(torch.zeros(shape))
-    opt = Muon([ours], 0.02, 0.1, torch.bfloat16)
-    torchs = torch.optim.Muon([theirs], lr=1.0, weight_decay=0.0, momentum=0.95, ns_steps=ITERATIONS)
+    opt = NorMuon([ours], 0.02, 0.1, torch.bfloat16)
+    torchs = torch.optim.Muon(
+        [theirs], lr=1.0, weight_decay=0.0, momentum=0.95, ns_steps=ITERATIONS
+    )
     expected, v = matrix(*shape).double().numpy(), np.zeros((shape[0], 1))
     for i in range(5):
-        ours.grad = matrix(*shape, seed=i + 1) * torch.logspace(0, -1, shape[0])[:, None]  # rows of unequal size
+        ours.grad = (
+            matrix(*shape, seed=i + 1) * torch.logspace(0, -1, shape[0])[:, None]
+        )  # rows of unequal size
         theirs.grad, before = ours.grad, theirs.detach().clone()
         opt.step()
         torchs.step()
         o = (before - theirs.detach()).double().numpy()
         v = 0.95 * v + 0.05 * (o**2).mean(1, keepdims=True)
         o = o / np.sqrt(v)
-        expected = expected * (1 - 0.02 * 0.1) - 0.02 * 0.2 * np.sqrt(o.size) / np.linalg.norm(o) * o
+        expected = (
+            expected * (1 - 0.02 * 0.1) - 0.02 * 0.2 * np.sqrt(o.size) / np.linalg.norm(o) * o
+        )
     moved = np.linalg.norm(expected - matrix(*shape).numpy())
     assert np.linalg.norm(ours.detach().numpy() - expected) < 0.03 * moved
     assert torch.equal(opt.state[ours]["momentum"], torchs.state[theirs]["momentum_buffer"])
 
 
-@pytest.mark.parametrize("dtype, error", [(torch.bfloat16, 3e-2), (torch.float16, 1e-4), (torch.float32, 1e-4)])
+@pytest.mark.parametrize(
+    "dtype, error", [(torch.bfloat16, 3e-2), (torch.float16, 1e-4), (torch.float32, 1e-4)]
+)
 def test_iterations_are_in_fp32_unless_the_activations_are_in_bf16(dtype, error):
-    """Algorithm 1 in float64 on two matrices of one parameter, whose gradients would be zero in fp16."""
-    p, scale = torch.nn.Parameter(torch.zeros(48, 16)), torch.tensor([1e-6, 1e-7]).repeat_interleave(24)[:, None]
-    opt = Muon([{"params": [p], "parts": 2}], 1.0, 0.0, dtype)
+    """Algorithm 1 in float64, on two matrices of one parameter with gradients of zero in fp16."""
+    p, scale = (
+        torch.nn.Parameter(torch.zeros(48, 16)),
+        torch.tensor([1e-6, 1e-7]).repeat_interleave(24)[:, None],
+    )
+    opt = NorMuon([{"params": [p], "parts": 2}], 1.0, 0.0, dtype)
     momentum, v, expected = (torch.zeros(2, 24, n).double() for n in (16, 1, 16))
     for i in range(5):
         p.grad = scale * matrix(48, 16, seed=i)
@@ -75,9 +86,13 @@ def test_iterations_are_in_fp32_unless_the_activations_are_in_bf16(dtype, error)
 def test_parts_are_matrices_of_their_own_and_stacks_change_nothing(shape):
     pieces = [torch.nn.Parameter(matrix(*shape, seed=i)) for i in range(3)]
     whole = torch.nn.Parameter(torch.cat([p.detach() for p in pieces]))
-    other, other_alone = (torch.nn.Parameter(matrix(shape[1], shape[0])) for _ in range(2))  # transposed, of the same stack
-    together = Muon([{"params": [whole], "parts": 3}, {"params": [other]}], 0.02, 0.1, torch.bfloat16)
-    alone = [Muon([p], 0.02, 0.1, torch.bfloat16) for p in [*pieces, other_alone]]
+    other, other_alone = (
+        torch.nn.Parameter(matrix(shape[1], shape[0])) for _ in range(2)
+    )  # transposed, of the same stack
+    together = NorMuon(
+        [{"params": [whole], "parts": 3}, {"params": [other]}], 0.02, 0.1, torch.bfloat16
+    )
+    alone = [NorMuon([p], 0.02, 0.1, torch.bfloat16) for p in [*pieces, other_alone]]
     for i, p in enumerate(pieces):
         p.grad = matrix(*shape, seed=10 + i)
     whole.grad = torch.cat([p.grad for p in pieces])
@@ -92,7 +107,7 @@ def test_parts_are_matrices_of_their_own_and_stacks_change_nothing(shape):
 
 def test_a_gradient_that_is_not_finite_changes_nothing():
     p = torch.nn.Parameter(matrix(8, 8))
-    opt = Muon([p], 0.02, 0.1, torch.bfloat16)
+    opt = NorMuon([p], 0.02, 0.1, torch.bfloat16)
     p.grad = matrix(8, 8, seed=1)
     opt.step()
     before, state = p.detach().clone(), {k: v.clone() for k, v in opt.state[p].items()}

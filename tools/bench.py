@@ -1,24 +1,18 @@
-"""How fast this machine trains, prepares and fine-tunes, side by side with what else one would use, and what a run can copy.
+"""Measure how fast this machine trains, prepares and fine-tunes, next to what else one would use.
 
-python bench.py train [SHAPE ...]     full training steps, against BertForMaskedLM and ModernBertForMaskedLM of transformers
-python bench.py prepare FOLDER        prepare.py, against raw encode_batch and against datasets.map
-python bench.py finetune              examples/s, against a plain loop of transformers that pads to 128
-python bench.py score RUN GLUE TASK   what such a loop scores on a task, from the run's model, to set beside RUN/glue.json
-python bench.py copying RUN [RUN ...] val_loss, and the same where the second half of each row is its first half again
-
-SHAPE is one of demo (4 x 256, vocabulary 8,192), small (12 x 384, 32,768) and crammed (16 x 768, 32,768). The candidates
-take turns, so that a noisy machine is noisy for all of them; shown are medians and, in brackets, the extremes.
+The candidates take turns, so that a noisy machine is noisy for all of them. Shown are medians and,
+in brackets, the extremes.
 """
 
-import json
+import argparse
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -27,407 +21,601 @@ import numpy as np
 import torch
 
 import train
-from export_hf import export, load_run
 from finetune_glue import batches, collate
-from glue import METRICS, load_task
-from hardware import peak_flops, pick_device, pick_dtype, repeatable
 from model import BERT, Classifier, Config, flops_per_token
+from nanocram.configurator import ROOT, resolve
+from nanocram.device import make_deterministic, peak_flops, pick_device, pick_dtype
+from nanocram.faults import Fault, one_line, run_script
+from nanocram.optim import make_optimizers
+from nanocram.sources import read_documents
 
-SHAPES = {  # layers, width, heads, vocabulary, rows in a micro-batch (on a GPU GPU_ROWS)
-    "demo": (4, 256, 4, 8192, 64),
-    "small": (12, 384, 6, 32768, 64),
-    "crammed": (16, 768, 12, 32768, 32),
+SEQ_LEN = 128
+REPEATS = 5  # turns of each candidate
+GPU_ROWS = 256  # in a micro-batch on a GPU, for all shapes
+
+
+@dataclass
+class Shape:
+    """The size of a model, and the rows of its micro-batch on a CPU."""
+
+    n_layer: int
+    width: int
+    n_head: int
+    vocab_size: int
+    rows: int
+
+
+SHAPES = {
+    "demo": Shape(4, 256, 4, 8192, 64),
+    "small": Shape(12, 384, 6, 32768, 64),
+    "crammed": Shape(16, 768, 12, 32768, 32),
 }
-SEQ_LEN, REPEATS, GPU_ROWS = 128, 5, 256
 
 
-def need_transformers():
+@dataclass
+class Recipe:
+    """A resolved config of train.py, with the rows of the batch that is timed."""
+
+    config: dict
+    rows: int
+    micro_rows: int  # rows in a micro-batch
+
+
+@dataclass
+class Turn:
+    """What one turn of a step has measured."""
+
+    seconds: float  # per step
+    memory: int  # bytes, the most so far
+    parts: dict = field(default_factory=dict)  # {part of the last step: seconds}
+
+
+def import_transformers():
     try:
         import transformers
-    except ImportError:
-        sys.exit("bench.py: needs `pip install transformers`")
+    except ImportError as e:
+        raise Fault("needs `pip install transformers`") from e
     return transformers
 
 
-def show(title, seconds, work, unit, base=None, memory=None):
-    """One line: work per second, median [slowest, fastest], its ratio to `base`, and bytes."""
-    rates = sorted(work / s for s in seconds)
-    more = (f"   x {median(rates) / base:.2f}" if base else "") + (f"   {memory / 1e9:.2f} GB" if memory else "")
-    print(f"  {title:<46} {median(rates):>11,.0f} [{rates[0]:,.0f}, {rates[-1]:,.0f}] {unit}{more}", flush=True)
-
-
-def take_turns(candidates, repeats=REPEATS):
-    """{name: seconds of each call}, after one call of each to warm up."""
-    times = {name: [] for name in candidates}
-    for i in range(repeats + 1):
-        for name, run in candidates.items():
-            start = time.monotonic()
-            run()
-            times[name] += [time.monotonic() - start] * (i > 0)
-    return times
-
-
-def synchronize(where):
-    if where == "cuda":
+def synchronize(device):
+    """Wait until a GPU has done what it was given, since its calls return before."""
+    if device == "cuda":
         torch.cuda.synchronize()
 
 
-def our_keys(shape):
-    n_layer, width, heads, vocab, _ = shape
-    return {"vocab_size": vocab, "n_layer": n_layer, "n_embd": width, "n_head": heads, "n_inner": 4 * width}
+def name_of(dtype):
+    return str(dtype).removeprefix("torch.")
 
 
-def our_config(keys):
-    return Config(**{k: v for k, v in keys.items() if k in Config.__dataclass_fields__})
+# --------------------------------------------------------------------------------------------------
+# Steps of training
 
 
-def our_step(keys, rows, micro, compile):
-    """The full step of train.py for the keys of a recipe, with `rows` in a batch. It returns {part: seconds}."""
-    vars(train).update({k: v for k, v in keys.items() if k in vars(train)})
-    where, config = pick_device(keys.get("device", "auto")), our_config(keys)
-    model = BERT(config).to(where)
-    model.dtype = pick_dtype(where, keys.get("dtype", "auto"))
-    vocab, T, generator = config.vocab_size, keys.get("seq_len", SEQ_LEN), torch.Generator(where).manual_seed(0)
-    opts, data = train.make_optimizers(model), np.random.default_rng(0).integers(5, vocab, (1000, T)).astype(np.uint16)
-    count = train.n_masked(T, max(train.mask_rate, train.mask_rate_end))  # as many logits as train.py computes
-    forward = torch.compile(model, dynamic=False) if compile else model
+def model_config(config):
+    """Return the model's Config of a resolved config."""
+    return Config(**{key: config[key] for key in Config.__dataclass_fields__})
+
+
+def make_our_step(recipe, compiled):
+    """Return train.py's step on random tokens, as a function that returns {part: seconds}."""
+    # a model and its optimizers, as train.py makes them
+    config = recipe.config
+    device = pick_device(config["device"])
+    model = BERT(model_config(config)).to(device)
+    model.dtype = pick_dtype(device, config["dtype"])
+    optimizers = make_optimizers(
+        model,
+        config["optimizer"],
+        config["learning_rate"],
+        config["weight_decay"],
+        (config["beta1"], config["beta2"]),
+        config["adam_eps"],
+    )
+    scaler = torch.amp.GradScaler(device, enabled=model.dtype == torch.float16)
+    forward = torch.compile(model, dynamic=False) if compiled else model
+
+    # a corpus of random tokens above the five special ones
+    vocab_size = model.config.vocab_size
+    seq_len = config["seq_len"]
+    mask_id = 4
+    rows = np.random.default_rng(0).integers(5, vocab_size, (1000, seq_len)).astype(np.uint16)
+    n_masked = train.n_masked(seq_len, config["mask_rate"])
+    generator = torch.Generator(device).manual_seed(0)
 
     def step():
-        times = [time.monotonic()]
-        ids = train.next_rows(data, 0, rows, where)
-        batch = train.mask_tokens(ids, count, 4, vocab, generator, train.mask_80_10_10)
-        parts = [(i, train.flat(p, T), t.flatten()) for i, p, t in zip(*(x.split(micro) for x in batch))]
-        synchronize(where)
-        times.append(time.monotonic())
-        for part in parts:
-            (forward(*part) * (micro / rows)).backward()
-        synchronize(where)
-        times.append(time.monotonic())
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        for opt in opts:
-            opt.step()
-        model.zero_grad(set_to_none=True)
-        synchronize(where)
-        times.append(time.monotonic())
-        return dict(zip(("data and masks", "forward and backward", "clip and optimizer"), np.diff(times)))
+        start = time.monotonic()
+        ids = train.next_rows(rows, 0, recipe.rows, device)
+        batch = train.mask_tokens(
+            ids, n_masked, mask_id, vocab_size, generator, config["mask_80_10_10"]
+        )
+        micro_batches = train.split_batch(batch, recipe.micro_rows)
+        synchronize(device)
+        ready = time.monotonic()
+        train.training_step(model, forward, optimizers, scaler, micro_batches, config["grad_clip"])
+        synchronize(device)
+        return {"data and masks": ready - start, "step": time.monotonic() - ready}
 
     return step
 
 
-def their_step(shape, kind, where, dtype, compile):
-    """A step of a model of transformers, its feed-forward as large as ours in parameters.
-
-    ModernBERT's logits are at the masked positions alone, as ours; BertForMaskedLM knows only all of them.
-    """
-    transformers = need_transformers()
-    n_layer, width, heads, vocab, rows = shape
-    common = {"vocab_size": vocab, "hidden_size": width, "num_hidden_layers": n_layer, "num_attention_heads": heads}
+def their_config(shape, kind):
+    """Return a config of transformers, its feed-forward layers as large as ours in parameters."""
+    transformers = import_transformers()
+    common = {
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.width,
+        "num_hidden_layers": shape.n_layer,
+        "num_attention_heads": shape.n_head,
+    }
     if kind == "Bert":
-        rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # as ours
-        config = transformers.BertConfig(**common, **rates, intermediate_size=3 * width, max_position_embeddings=SEQ_LEN)
-    else:
-        config = transformers.ModernBertConfig(
+        return transformers.BertConfig(
             **common,
-            intermediate_size=2 * width,
-            sparse_prediction=True,
-            pad_token_id=0,
-            bos_token_id=2,
-            eos_token_id=3,
-            cls_token_id=2,
-            sep_token_id=3,
+            intermediate_size=3 * shape.width,
+            max_position_embeddings=SEQ_LEN,
+            hidden_dropout_prob=0.0,  # like ours
+            attention_probs_dropout_prob=0.0,
         )
-    model = getattr(transformers, f"{kind}ForMaskedLM")(config).to(where, dtype).train()
-    opt = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    ids = torch.randint(5, vocab, (rows, SEQ_LEN), device=where)
-    labels = ids.masked_fill(torch.rand(ids.shape, device=where) > 0.25, -100)
+    return transformers.ModernBertConfig(
+        **common,
+        intermediate_size=2 * shape.width,
+        sparse_prediction=True,  # logits at the masked positions only, like ours
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
+        cls_token_id=2,
+        sep_token_id=3,
+    )
+
+
+def make_their_step(shape, kind, device, dtype, compiled):
+    """Return a step of BertForMaskedLM or ModernBertForMaskedLM of transformers, as a function.
+
+    ModernBERT computes logits at the masked positions only, like ours; BertForMaskedLM at all.
+    """
+    transformers = import_transformers()
+    model_class = getattr(transformers, f"{kind}ForMaskedLM")
+    model = model_class(their_config(shape, kind)).to(device, dtype).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    forward = torch.compile(model, dynamic=False) if compiled else model
+
+    # a batch of random tokens, a quarter of which count in the loss
+    ids = torch.randint(5, shape.vocab_size, (shape.rows, SEQ_LEN), device=device)
+    labels = ids.masked_fill(torch.rand(ids.shape, device=device) > 0.25, -100)
     mask = torch.ones_like(ids)
-    forward = torch.compile(model, dynamic=False) if compile else model
 
     def step():
         forward(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        opt.step()
-        opt.zero_grad(set_to_none=True)
-        synchronize(where)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        synchronize(device)
+        return {}
 
     return step
 
 
-def begin(make, *args):
-    global step
-    step = make(*args)
-    step()
+# --------------------------------------------------------------------------------------------------
+# Turns, each candidate in a process of its own
 
 
-def turn():
-    """Seconds a step, over a second of them or more; what the last one returned; the most bytes so far.
+class ProcessEnded(Exception):
+    """The process of a candidate ended; what it printed says why."""
 
-    Bytes: what was allocated on a GPU; on a CPU the resident size of the process, some 0.4 GB of torch itself included.
-    """
-    start, n = time.monotonic(), 0
+
+class Worker:
+    """A process that runs one step, so that none uses the memory and the settings of another."""
+
+    def __init__(self, make, *args):
+        """Start a process that makes a step, make(*args), and runs it once to warm up."""
+        context = get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=serve_turns, args=(theirs, make, args))
+        self.process.start()
+        theirs.close()  # so that the end of the process ends the connection
+        self.turn()
+
+    def turn(self):
+        """Run the step for at least a second. Raise ProcessEnded if the process did not live."""
+        try:
+            self.connection.send("turn")
+            return self.connection.recv()
+        except (EOFError, OSError) as e:
+            self.close()
+            raise ProcessEnded from e
+
+    def close(self):
+        self.connection.close()
+        self.process.join()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+
+def serve_turns(connection, make, args):
+    """Make a step, and send a Turn of it whenever the other end asks for one."""
+    try:
+        step = make(*args)
+        step()
+        while connection.recv():
+            connection.send(time_turn(step))
+    except EOFError:
+        return  # the other end is closed
+    except Exception as e:
+        sys.exit(f"  {one_line(e)}")  # printed, and noticed at the other end
+
+
+def time_turn(step):
+    """Run the step for at least a second and return a Turn."""
+    start = time.monotonic()
+    n_steps = 0
     while time.monotonic() < start + 1:
-        parts, n = step(), n + 1
-    seconds = (time.monotonic() - start) / n
+        parts = step()
+        n_steps += 1
+    return Turn((time.monotonic() - start) / n_steps, memory_used(), parts)
+
+
+def memory_used():
+    """Return the most bytes that were allocated on the GPU.
+
+    On a CPU it is the resident size of the process, which includes 0.4 GB of torch itself.
+    """
     if torch.cuda.is_available():
-        return seconds, parts, torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated()
     import resource  # which Windows lacks
 
-    return seconds, parts, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size if sys.platform == "darwin" else size * 1024
 
 
-def worker(make, *args):
-    """A process of its own, so that none works with the memory and the settings of another."""
-    return ProcessPoolExecutor(1, get_context("spawn"), begin, (make, *args))
+def take_turns(candidates, repeats):
+    """Return {name: [seconds of each call]} of functions, each called once before to warm up."""
+    times = {name: [] for name in candidates}
+    for i in range(repeats + 1):
+        for name, function in candidates.items():
+            start = time.monotonic()
+            function()
+            if i > 0:
+                times[name].append(time.monotonic() - start)
+    return times
+
+
+def show(title, seconds, work, unit, base=None, memory=None):
+    """Print one line: work per second, its extremes, its ratio to `base`, and gigabytes."""
+    rates = sorted(work / s for s in seconds)
+    extremes = f"[{rates[0]:,.0f}, {rates[-1]:,.0f}]"
+    line = f"  {title:<46} {median(rates):>11,.0f} {extremes} {unit}"
+    if base:
+        line += f"   x {median(rates) / base:.2f}"
+    if memory:
+        line += f"   {memory / 1e9:.2f} GB"
+    print(line, flush=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# bench train
 
 
 def bench_train(names):
-    need_transformers()
-    where = pick_device("auto")
-    best = pick_dtype(where, "auto")
+    """Print the tokens per second of full training steps, ours and those of transformers."""
+    import_transformers()
+    device = pick_device("auto")
     for name in names:
-        shape = (*SHAPES[name][:4], GPU_ROWS) if where == "cuda" else SHAPES[name]
-        rows, keys, tokens = shape[4], our_keys(shape), shape[4] * SEQ_LEN
-        print(f"{name}: {shape[0]} x {shape[1]}, vocabulary {shape[3]:,}, {shape[4]} rows of {SEQ_LEN} a step")
-        others = {"nanoCram, eager": (our_step, keys, rows, rows, False)}
-        for kind in ("Bert", "ModernBert"):
-            for dtype, compile in dict.fromkeys(((torch.float32, False), (best, False), (best, True))):  # best may be fp32
-                label = f"{kind}ForMaskedLM, {str(dtype)[6:]}, {'compiled' if compile else 'eager'}"
-                others[label] = (their_step, shape, kind, where, dtype, compile)
-        turns, peaks = [], []
-        with worker(our_step, keys, rows, rows, True) as ours:
-            for label, candidate in others.items():
-                rounds = []
-                try:
-                    with worker(*candidate) as theirs:
-                        for _ in range(REPEATS):
-                            peaks.append(peak_flops(where, best)[0])
-                            turns.append(ours.submit(turn).result())
-                            rounds.append(theirs.submit(turn).result())
-                except BrokenProcessPool:
-                    print(f"  {label}: its process ended, see above; out of memory?", flush=True)
-                    continue
-                base = median(t[0] for t in turns[-REPEATS:])
-                show(label, [t[0] for t in rounds], tokens, "tokens/s", tokens / base, rounds[-1][2])
-        show("nanoCram, compiled", [t[0] for t in turns], tokens, "tokens/s", None, turns[-1][2])
-        step_time = median(sum(t[1].values()) for t in turns)
-        shares = ", ".join(f"{part} {median(t[1][part] for t in turns) / step_time:.1%}" for part in turns[0][1])
-        flops = tokens * flops_per_token(our_config(keys), SEQ_LEN, train.n_masked(SEQ_LEN, train.mask_rate))
-        mfu = median(flops / t[0] / peak for t, peak in zip(turns, peaks))
-        print(f"  of the compiled step: {shares}")
-        print(f"  MFU {mfu:.0%} of {median(peaks) / 1e12:.2f} TFLOP/s in {str(best)[6:]}, {peak_flops(where, best)[1]}\n")
+        shape = SHAPES[name]
+        if device == "cuda":
+            shape = replace(shape, rows=GPU_ROWS)
+        bench_shape(name, shape, device, pick_dtype(device, "auto"))
+
+
+def recipe_of_shape(shape):
+    """Return the recipe of train.py's defaults with a model of that size."""
+    sizes = {
+        "vocab_size": shape.vocab_size,
+        "n_layer": shape.n_layer,
+        "n_embd": shape.width,
+        "n_head": shape.n_head,
+        "n_inner": 4 * shape.width,
+        "seq_len": SEQ_LEN,
+    }
+    config = resolve("train.py", [f"--{key}={value}" for key, value in sizes.items()])
+    return Recipe(config, shape.rows, shape.rows)
+
+
+def candidates_next_to(recipe, shape, device, dtype):
+    """Return {label: (function that makes a step, its arguments)}, without ours compiled."""
+    candidates = {"nanoCram, eager": (make_our_step, recipe, False)}
+    for kind in ("Bert", "ModernBert"):
+        candidates[f"{kind}ForMaskedLM, float32, eager"] = (
+            make_their_step, shape, kind, device, torch.float32, False,
+        )  # fmt: skip
+        for compile in (False, True):
+            how = "compiled" if compile else "eager"
+            candidates[f"{kind}ForMaskedLM, {name_of(dtype)}, {how}"] = (
+                make_their_step, shape, kind, device, dtype, compile,
+            )  # fmt: skip
+    return candidates
+
+
+def bench_shape(name, shape, device, dtype):
+    """Print the speeds of one shape: each candidate takes turns with our compiled step."""
+    recipe = recipe_of_shape(shape)
+    tokens = shape.rows * SEQ_LEN
+    size = f"{shape.n_layer} x {shape.width}, vocabulary {shape.vocab_size:,}"
+    print(f"{name}: {size}, {shape.rows} rows of {SEQ_LEN} per step")
+
+    turns = []  # of ours
+    peaks = []  # FLOP/s, measured before each of them
+    with Worker(make_our_step, recipe, True) as ours:
+        for label, candidate in candidates_next_to(recipe, shape, device, dtype).items():
+            rounds = []
+            try:
+                with Worker(*candidate) as theirs:
+                    for _ in range(REPEATS):
+                        peaks.append(peak_flops(device, dtype)[0])
+                        turns.append(ours.turn())
+                        rounds.append(theirs.turn())
+            except ProcessEnded:
+                print(f"  {label}: its process ended, see above; out of memory?", flush=True)
+                continue
+            our_speed = tokens / median(turn.seconds for turn in turns[-REPEATS:])
+            seconds = [turn.seconds for turn in rounds]
+            show(label, seconds, tokens, "tokens/s", our_speed, rounds[-1].memory)
+    seconds = [turn.seconds for turn in turns]
+    show("nanoCram, compiled", seconds, tokens, "tokens/s", None, turns[-1].memory)
+
+    # where the time of our compiled step goes, and how much of the peak it uses
+    total = median(sum(turn.parts.values()) for turn in turns)
+    fractions = []
+    for part in turns[0].parts:
+        fraction = median(turn.parts[part] for turn in turns) / total
+        fractions.append(f"{part} {fraction:.1%}")
+    print(f"  of the compiled step: {', '.join(fractions)}")
+    n_masked = train.n_masked(SEQ_LEN, recipe.config["mask_rate"])
+    flops = tokens * flops_per_token(model_config(recipe.config), SEQ_LEN, n_masked)
+    mfu = median(flops / turn.seconds / peak for turn, peak in zip(turns, peaks))
+    peak = f"{median(peaks) / 1e12:.2f} TFLOP/s in {name_of(dtype)}"
+    print(f"  MFU {mfu:.0%} of {peak}, {peak_flops(device, dtype)[1]}\n")
 
 
 def relative_speeds(recipes):
-    """{name: tokens/s as a share of the first one's} of {name: (keys, rows of a batch, rows of a micro-batch)}.
+    """Return {name: tokens per second, as a multiple of the first recipe's} of {name: Recipe}.
 
-    One that does not run is not in the result.
+    A recipe that does not run is not in the result.
     """
     (first, reference), *others = recipes.items()
     speeds = {first: 1.0}
-    with worker(our_step, *reference, reference[0]["compile"]) as base:
-        try:
-            base.submit(turn).result()
-        except BrokenProcessPool:
-            sys.exit(f"{first}: does not run, and the speeds of the others are shares of its own")
+    try:
+        base = Worker(make_our_step, reference, reference.config["compile"])
+    except ProcessEnded as e:
+        raise Fault(f"{first}: does not run, and all speeds are relative to its own") from e
+    with base:
         for name, recipe in others:
+            # how much longer the first recipe takes for a step, in turns side by side
+            ratios = []
             try:
-                with worker(our_step, *recipe, recipe[0]["compile"]) as other:
-                    turns = [(base.submit(turn).result()[0], other.submit(turn).result()[0]) for _ in range(3 * REPEATS)]
-            except BrokenProcessPool:
+                with Worker(make_our_step, recipe, recipe.config["compile"]) as other:
+                    for _ in range(3 * REPEATS):
+                        base_seconds = base.turn().seconds
+                        ratios.append(base_seconds / other.turn().seconds)
+            except ProcessEnded:
                 print(f"{name}: does not run", flush=True)
                 continue
-            tokens = [rows * keys["seq_len"] for keys, rows, _ in (recipe, reference)]
-            speeds[name] = median(a / b for a, b in turns) * tokens[0] / tokens[1]
+            tokens = recipe.rows * recipe.config["seq_len"]
+            base_tokens = reference.rows * reference.config["seq_len"]
+            speeds[name] = median(ratios) * tokens / base_tokens
             print(f"{name}: {speeds[name]:.2f} times the tokens/s of {first}", flush=True)
     return speeds
 
 
-def bench_prepare(folder):
-    """Text to bins with a given vocabulary, so that its training is in none of the figures."""
-    from itertools import chain
+# --------------------------------------------------------------------------------------------------
+# bench prepare
 
+
+def bench_prepare(folder):
+    """Print the characters per second from text to bins.
+
+    The vocabulary is given, so that its training is in none of the figures.
+    """
     import datasets
+
+    datasets.disable_progress_bars()
+    if not folder.exists():
+        raise Fault(f"{folder} does not exist")
+    folder = folder.resolve()
+    documents = read_documents({"files": str(folder)}, 0, "blank_line", Counter())
+    texts = [text for text, _ in documents]
+    n_chars = sum(len(text) for text in texts)
+    print(f"prepare: {n_chars / 1e6:.0f} M characters")
+    with tempfile.TemporaryDirectory() as home:
+        times = take_turns(prepare_candidates(Path(home), folder, texts), repeats=2)
+    base = median(n_chars / s for s in times["tokenizers.encode_batch alone"])
+    for label, seconds in times.items():
+        show(label, seconds, n_chars, "characters/s", base)
+
+
+def prepare_candidates(home, folder, texts):
+    """Return {label: function} of three ways to tokenize the texts of a folder."""
     from tokenizers import Tokenizer
 
-    from sources import read_documents
+    # a first run of prepare.py, which trains the vocabulary
+    (home / "config").symlink_to(ROOT / "config")
+    command = [sys.executable, ROOT / "prepare.py", "config/cpu.py"]
+    command += [f"--sources={folder}", "--max_chars=0"]
+    first = subprocess.run([*command, "--dataset=first"], cwd=home, stdout=subprocess.DEVNULL)
+    if first.returncode:
+        raise Fault("prepare.py failed, see above")
+    path = home / "data" / "first" / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    n_runs = iter(range(100))  # numbers of the output folders
 
-    here = Path(__file__).resolve().parent
-    datasets.disable_progress_bars()
-    texts = [text for text, _ in read_documents({"files": str(folder)}, 0, "blank_line", Counter())]
-    size = sum(map(len, texts))
-    with tempfile.TemporaryDirectory() as home:
-        os.chdir(home)
-        os.symlink(here / "config", "config")  # whose files begin with one another
-        args = [sys.executable, here / "prepare.py", "config/cpu.py", f"--sources={Path(folder)}", "--max_chars=0"]
-        if subprocess.run([*args, "--dataset=first"], stdout=subprocess.DEVNULL).returncode:
-            sys.exit(1)
-        path = Path(home, "data", "first", "tokenizer.json")
-        tokenizer, runs = Tokenizer.from_file(str(path)), iter(range(100))
+    def tokenize_alone():
+        allow_parallel_tokenizers()
+        for i in range(0, len(texts), 1000):
+            tokenizer.encode_batch(texts[i : i + 1000], add_special_tokens=False)
 
-        def parallel():  # datasets.map leaves this at false, for this process and those it starts
-            os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    def run_prepare():
+        allow_parallel_tokenizers()
+        own = [f"--dataset=d{next(n_runs)}", f"--tokenizer_file={path}"]
+        subprocess.run([*command, *own], cwd=home, check=True, stdout=subprocess.DEVNULL)
 
-        def raw():
-            parallel()
-            for i in range(0, len(texts), 1000):
-                tokenizer.encode_batch(texts[i : i + 1000], add_special_tokens=False)
+    def use_datasets():
+        map_datasets(texts, tokenizer, home / f"usual{next(n_runs)}")
 
-        def ours():
-            parallel()
-            command = [*args, f"--dataset=d{next(runs)}", f"--tokenizer_file={path}"]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return {
+        "tokenizers.encode_batch alone": tokenize_alone,
+        "prepare.py": run_prepare,
+        "datasets.map": use_datasets,
+    }
 
-        def tokenize(batch):
-            return {"ids": [e.ids + [3] for e in tokenizer.encode_batch(batch["text"], add_special_tokens=False)]}
 
-        def group(batch):
-            ids = list(chain.from_iterable(batch["ids"]))
-            return {"ids": [ids[i : i + SEQ_LEN] for i in range(0, len(ids) - SEQ_LEN + 1, SEQ_LEN)]}
+def allow_parallel_tokenizers():
+    """Undo what datasets.map leaves set, in this process and in those it starts."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
 
-        def usual():
-            data = datasets.Dataset.from_dict({"text": texts})
-            data = data.map(tokenize, batched=True, remove_columns="text", num_proc=os.cpu_count())
-            data.map(group, batched=True, num_proc=os.cpu_count()).shuffle(seed=0).save_to_disk(
-                Path(home, f"usual{next(runs)}")
-            )
 
-        print(f"prepare: {size / 1e6:.0f} M characters")
-        times = take_turns({"tokenizers.encode_batch alone": raw, "prepare.py": ours, "datasets.map": usual}, repeats=2)
-        os.chdir(here)
-    base = median(size / s for s in times["tokenizers.encode_batch alone"])
-    for label, seconds in times.items():
-        show(label, seconds, size, "characters/s", base)
+def map_datasets(texts, tokenizer, folder):
+    """Tokenize, pack, shuffle and save as the examples of transformers do."""
+    import datasets
+
+    sep_id = 3
+
+    def tokenize(batch):
+        encodings = tokenizer.encode_batch(batch["text"], add_special_tokens=False)
+        return {"ids": [encoding.ids + [sep_id] for encoding in encodings]}
+
+    def pack(batch):
+        ids = list(chain.from_iterable(batch["ids"]))
+        starts = range(0, len(ids) - SEQ_LEN + 1, SEQ_LEN)
+        return {"ids": [ids[i : i + SEQ_LEN] for i in starts]}
+
+    data = datasets.Dataset.from_dict({"text": texts})
+    n_processes = os.cpu_count()
+    data = data.map(tokenize, batched=True, remove_columns="text", num_proc=n_processes)
+    data = data.map(pack, batched=True, num_proc=n_processes)
+    data.shuffle(seed=0).save_to_disk(folder)
+
+
+# --------------------------------------------------------------------------------------------------
+# bench finetune
 
 
 def bench_finetune():
-    """Lengths as in GLUE's single sentences and pairs: most are short. Batches of 16, width 256."""
-    transformers = need_transformers()
-    where, rng = pick_device("auto"), np.random.default_rng(0)
-    repeatable(where)  # as finetune_glue.py is; for the others too
-    ids = {"pad": 0, "cls": 2, "sep": 3}
-    rows = [[2, *rng.integers(5, 8192, max(int(n), 3)).tolist(), 3] for n in np.minimum(rng.gamma(3, 12, 1600), 120)]
-    lengths = np.array([len(r) for r in rows])
-    bert = BERT(Config(vocab_size=8192, n_layer=4, n_embd=256, n_head=4, n_inner=1024, dropout=0.1)).to(where)
-    bert.dtype = pick_dtype(where, "auto")
-    ours = Classifier(bert, 2).to(where).train()
-    config = transformers.BertConfig(
-        vocab_size=8192, hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=768
-    )
-    theirs = {d: transformers.BertForSequenceClassification(config).to(where, d).train() for d in (torch.float32, bert.dtype)}
+    """Print the examples per second of fine-tuning at 4 x 256, in batches of 16.
 
-    def loop(model, logits):
-        opt = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    Lengths are like those of GLUE's single sentences and pairs: most are short.
+    """
+    transformers = import_transformers()
+    device = pick_device("auto")
+    dtype = pick_dtype(device, "auto")
+    make_deterministic(device)  # as finetune_glue.py does; here for all candidates
 
-        def epoch():
-            for out, n in logits():
-                torch.nn.functional.cross_entropy(out, torch.zeros(n, dtype=torch.long, device=where)).backward()
-                opt.step()
-                opt.zero_grad()
-            synchronize(where)
-
-        return epoch
-
-    def bucketed():
-        for index in batches(lengths, 16, rng):
-            yield ours(*collate(rows, index, ids, where)), 16
-
-    def padded(theirs):
-        for start in range(0, len(rows), 16):
-            some = rows[start : start + 16]
-            tokens = torch.tensor([r + [0] * (SEQ_LEN - len(r)) for r in some], device=where)
-            yield theirs(input_ids=tokens, attention_mask=(tokens != 0).long()).logits, len(some)
-
+    # rows of random tokens, up to 120 of them, between <cls> and <sep>
+    rng = np.random.default_rng(0)
+    special_ids = {"pad": 0, "cls": 2, "sep": 3}
+    rows = []
+    for length in np.minimum(rng.gamma(3, 12, 1600), 120):
+        words = rng.integers(5, 8192, max(int(length), 3)).tolist()
+        rows.append([special_ids["cls"], *words, special_ids["sep"]])
+    lengths = np.array([len(row) for row in rows])
     print(f"fine-tuning, 4 x 256, batch 16, mean length {lengths.mean():.0f}")
-    candidates = {f"finetune_glue.py, {str(bert.dtype)[6:]}": loop(ours, bucketed)}
-    for dtype, model in theirs.items():
-        candidates[f"transformers, padded to 128, {str(dtype)[6:]}"] = loop(model, lambda model=model: padded(model))
+
+    # our classifier, on batches of similar lengths
+    shape = SHAPES["demo"]
+    sizes = {"n_layer": 4, "n_embd": 256, "n_head": 4, "n_inner": 1024}
+    bert = BERT(Config(vocab_size=shape.vocab_size, **sizes, dropout=0.1)).to(device)
+    bert.dtype = dtype
+    classifier = Classifier(bert, 2).to(device).train()
+
+    def our_logits():
+        for index in batches(lengths, 16, rng):
+            yield classifier(*collate(rows, index, special_ids, device, SEQ_LEN))
+
+    candidates = {f"finetune_glue.py, {name_of(dtype)}": make_epoch(classifier, our_logits, device)}
+
+    # that of transformers, padded to 128 tokens
+    config = transformers.BertConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=768,
+    )
+    for their_dtype in dict.fromkeys([torch.float32, dtype]):
+        model = transformers.BertForSequenceClassification(config).to(device, their_dtype).train()
+        label = f"transformers, padded to {SEQ_LEN}, {name_of(their_dtype)}"
+        candidates[label] = make_epoch(model, padded_logits(model, rows, device), device)
+
     times = take_turns(candidates, 3)
-    base = median(len(rows) / s for s in times["transformers, padded to 128, float32"])
+    base = median(len(rows) / s for s in times[f"transformers, padded to {SEQ_LEN}, float32"])
     for label, seconds in times.items():
         show(label, seconds, len(rows), "examples/s", base)
 
 
-def bench_score(run, glue, name):
-    """The exported model in a plain loop of transformers: shuffled, padded to glue_max_len, fp32; settings as in glue.json."""
-    transformers, where = need_transformers(), pick_device("auto")
-    card = json.loads(Path(run, "glue.json").read_text())["rows"] if Path(run, "glue.json").exists() else {}
-    ours = card.get("run", {}).get(name)
-    if not ours or name == "mnli":
-        sys.exit(
-            f"bench.py: {run}/glue.json has no score of {name} with one dev set; run finetune_glue.py --tasks={name} first"
-        )
-    print(f"finetune_glue.py: {name} {', '.join(f'{x:.1f}' for x in ours['scores'])}")
-    task, setting = load_task(name, glue), {k.removeprefix("glue_"): v for k, v in ours["settings"].items()}
-    (dev,), train = task.dev.values(), task.train
-    if setting.get("optimizer") == "muon":
-        sys.exit(f"bench.py: {run}/glue.json is of Muon, but this loop is of AdamW; score again with --glue_optimizer=adamw")
-    if 0 < setting["max_train"] < len(train):
-        train = [train[i] for i in np.random.default_rng(0).choice(len(train), setting["max_train"], replace=False)]
-    size = setting["batch_size"]
-    with tempfile.TemporaryDirectory() as home:
-        folder = Path(home, "model")
-        export(Path(run), folder)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-        more = {"trust_remote_code": True, "num_labels": len(task.labels) or 1}
-        config = json.loads((folder / "config.json").read_text())
-        if config["model_type"] == "nanocram":
-            more |= {"pooling": setting["pooling"], "classifier_dropout": setting["dropout"]}
-            more |= {"architecture": config["architecture"] | {"dropout": setting["dropout"]}}
+def padded_logits(model, rows, device):
+    """Return a function that yields a model's logits on batches of 16 rows, padded to SEQ_LEN."""
 
-        def inputs(examples):
-            first, second = [e[0] for e in examples], [e[1] or "" for e in examples]
-            common = {"padding": "max_length", "truncation": True, "max_length": setting["max_len"], "return_tensors": "pt"}
-            return tokenizer(first, second, **common).to(where)
+    def logits():
+        for start in range(0, len(rows), 16):
+            padded = [row + [0] * (SEQ_LEN - len(row)) for row in rows[start : start + 16]]
+            ids = torch.tensor(padded, device=device)
+            yield model(input_ids=ids, attention_mask=(ids != 0).long()).logits
 
-        for seed in range(len(ours["scores"])):
-            torch.manual_seed(seed)
-            model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, **more).to(where)
-            start, steps = time.monotonic(), setting["epochs"] * (len(train) // size)
-            common = {"lr": setting["learning_rate"], "weight_decay": setting["weight_decay"]}
-            opt = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), eps=1e-6, fused=True, **common)
-            schedule = transformers.get_cosine_schedule_with_warmup(opt, int(setting["warmup"] * steps), steps)
-            for _ in range(setting["epochs"]):
-                model.train()
-                for index in torch.randperm(len(train))[: len(train) // size * size].split(size):
-                    some = [train[i] for i in index]
-                    model(**inputs(some), labels=torch.tensor([e[2] for e in some], device=where)).loss.backward()
-                    opt.step()
-                    schedule.step()
-                    opt.zero_grad()
-            seconds = time.monotonic() - start
-            model.eval()
-            with torch.no_grad():
-                out = torch.cat([model(**inputs(dev[i : i + 64])).logits.cpu() for i in range(0, len(dev), 64)])
-            found = out.argmax(-1) if task.labels else out[:, 0]
-            score = METRICS[task.metric](found.numpy(), np.array([e[2] for e in dev]))
-            rate = size * steps / seconds
-            print(f"transformers, seed {seed}: {name} {score:.1f}, {seconds:.0f} s, {rate:.0f} examples/s", flush=True)
+    return logits
 
 
-def bench_copying(runs):
-    """Whether a model finds a masked token in what it has read: its loss on rows that say everything twice."""
-    for run in runs:
-        config, weights, _ = load_run(Path(run))
-        _, rows, meta = train.load_bins(Path("data") / json.loads(Path(run, "config.json").read_text())["dataset"])
-        model, where = BERT(config), pick_device("auto")
-        model.load_state_dict(weights)
-        half, mask_id = rows.shape[1] // 2, meta["special_ids"]["mask"]
-        texts = rows, np.tile(rows[:, :half], 2)
-        once, twice = (train.evaluate(model.to(where), text, mask_id, where)[0] for text in texts)
-        print(f"{run}: val_loss {once:.3f}, where the second half of a row repeats the first {twice:.3f}", flush=True)
+def make_epoch(model, logits, device):
+    """Return a function that trains a classifier on all batches whose logits are yielded."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def epoch():
+        for batch_logits in logits():
+            labels = torch.zeros(len(batch_logits), dtype=torch.long, device=device)
+            torch.nn.functional.cross_entropy(batch_logits, labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        synchronize(device)
+
+    return epoch
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    about = "training steps, next to BertForMaskedLM and ModernBertForMaskedLM of transformers"
+    command = commands.add_parser("train", help=about, description=about)
+    sizes = [f"{name} ({s.n_layer} x {s.width}, {s.vocab_size:,})" for name, s in SHAPES.items()]
+    about_shapes = f"layers x width, vocabulary: {', '.join(sizes)}; default: demo small"
+    command.add_argument("shapes", nargs="*", metavar="SHAPE", help=about_shapes)
+
+    about = "prepare.py, next to encode_batch of tokenizers alone and to datasets.map"
+    command = commands.add_parser("prepare", help=about, description=about)
+    command.add_argument("folder", type=Path, help="text to read")
+
+    about = "fine-tuning, next to a plain loop of transformers that pads to 128 tokens"
+    commands.add_parser("finetune", help=about, description=about)
+
+    args = parser.parse_args(argv)
+    if args.command == "train":
+        unknown = [name for name in args.shapes if name not in SHAPES]
+        if unknown:
+            raise Fault(f"there is no shape {unknown[0]}; known are {', '.join(SHAPES)}")
+        bench_train(args.shapes or ["demo", "small"])
+    elif args.command == "prepare":
+        bench_prepare(args.folder)
+    else:
+        bench_finetune()
 
 
 if __name__ == "__main__":
-    what, rest = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
-    if what == "train" and set(rest) <= SHAPES.keys():
-        bench_train(rest or ["demo", "small"])
-    elif what == "prepare" and len(rest) == 1 and os.path.exists(rest[0]):
-        bench_prepare(Path(rest[0]).resolve())
-    elif what == "finetune" and not rest:
-        bench_finetune()
-    elif what == "score" and len(rest) == 3:
-        bench_score(*rest)
-    elif what == "copying" and rest:
-        bench_copying(rest)
-    else:
-        sys.exit(__doc__.strip())
+    run_script(main)

@@ -1,70 +1,115 @@
 """Ask a trained model to fill <mask>.
 
-python fill_mask.py out/demo "returns the <mask> of the array." [--top=5]    one text
-python fill_mask.py out/demo < FILE                                          a text a line
-python fill_mask.py out/demo --interactive                                   the same, with a prompt
+python -m tools.fill_mask out/demo "returns the <mask> of the array." [--top=5]    one text
+python -m tools.fill_mask out/demo < FILE                                          a text per line
+python -m tools.fill_mask out/demo --interactive                                   with a prompt
 """
 
+import argparse
 import sys
-from pathlib import Path
 
 import torch
 
-from configurator import one_line
-from export_hf import load_run
-from model import BERT
-from rows import special_token
+from nanocram.faults import Fault, run_script
+from nanocram.runs import open_run
+from nanocram.tokenizer import special_token
 
 
-def load(run):
-    """(model, tokenizer, name of the mask token) of a finished run. SystemExit, one line, if there is none."""
-    config, weights, tokenizer = load_run(Path(run))
-    model = BERT(config).eval()
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as e:
-        sys.exit(f"fill_mask.py: {run} cannot be read: {one_line(e)}")
-    tokenizer.encode_special_tokens = False
-    return model, tokenizer, special_token(tokenizer, "mask")
+def fill_mask(model, tokenizer, text, top=5):
+    """Return the likeliest tokens at each mask of a text: [[(token, probability), ...], ...].
 
-
-def fill_mask(model, tokenizer, mask, text, top=5):
-    """The likeliest tokens at each mask of the text: [[(token, probability), ...], ...]. ValueError, one line, on mistakes."""
-    tokens = torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids)  # training rows have no <cls> either
-    where = (tokens == tokenizer.token_to_id(mask)).nonzero().flatten()
-    if not len(where):
-        raise ValueError(f"the text has no {mask}")
+    Raise Fault if the text has no mask, or too many tokens for the model.
+    """
+    mask = special_token(tokenizer, "mask")
+    # the rows of training have no <cls> either
+    tokens = torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids)
+    positions = (tokens == tokenizer.token_to_id(mask)).nonzero().flatten()
+    if len(positions) == 0:
+        raise Fault(f"the text has no {mask}")
     if len(tokens) > model.config.max_len:
-        raise ValueError(f"the text has {len(tokens)} tokens, more than max_len = {model.config.max_len}")
+        limit = f"max_len = {model.config.max_len}"
+        raise Fault(f"the text has {len(tokens)} tokens, more than {limit}")
+
+    # the model computes its logits at the masks only
     with torch.no_grad():
-        best = model(tokens[None], where).softmax(-1).topk(min(top, model.config.vocab_size))
-    return [[(tokenizer.id_to_token(i), p) for i, p in zip(*row)] for row in zip(best.indices.tolist(), best.values.tolist())]
+        probabilities = model(tokens[None], positions).softmax(-1)
+    best = probabilities.topk(min(top, model.config.vocab_size))
+    found = []
+    for ids, values in zip(best.indices.tolist(), best.values.tolist()):
+        found.append([(tokenizer.id_to_token(i), p) for i, p in zip(ids, values)])
+    return found
 
 
-def main(args):
-    words = [a for a in args if not a.startswith("--")]
-    options = dict(a[2:].partition("=")[::2] for a in args if a.startswith("--"))
-    top = options.get("top", "5")
-    if len(words) not in (1, 2) or options.keys() - {"top", "interactive"} or not top.isdecimal() or top == "0":
-        sys.exit(__doc__.strip())
-    run = load(words[0])
-    interactive = "interactive" in options
-    prompt = iter(lambda: input(f"text with {run[2]}: "), "")
-    texts = words[1:] or (prompt if interactive else (line for line in map(str.strip, sys.stdin) if line))
+def print_answers(model, tokenizer, text, top):
+    """Print one line per mask of the text."""
+    for candidates in fill_mask(model, tokenizer, text, top):
+        answers = [f"{token} {p:.1%}" for token, p in candidates]
+        print(", ".join(answers), flush=True)
+
+
+def ask(mask):
+    """Yield the texts that a person types, until there is an empty one, Ctrl-D or Ctrl-C."""
+    try:
+        while text := input(f"text with {mask}: "):
+            yield text
+    except (EOFError, KeyboardInterrupt):
+        print()
+
+
+def read_lines():
+    """Yield the lines of stdin that are not empty."""
+    try:
+        for line in sys.stdin:
+            if line.strip():
+                yield line.strip()
+    except UnicodeDecodeError as e:
+        raise Fault(f"a text is not in the encoding of this terminal: {e}") from e
+
+
+def positive(text):
+    """Return the number of an argument that must be 1 or more."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def main(argv=None):
+    # arguments
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.fill_mask",
+        description="Ask a trained model to fill <mask>.",
+        epilog="Without a text, texts are read from stdin, one per line.",
+    )
+    parser.add_argument("run", help="folder of a finished run, such as out/demo")
+    parser.add_argument(
+        "text", nargs="?", help='with one <mask> or more: "the <mask> of the array"'
+    )
+    parser.add_argument("--interactive", action="store_true", help="ask for texts with a prompt")
+    parser.add_argument("--top", type=positive, default=5, help="tokens per mask (default: 5)")
+    args = parser.parse_args(argv)
+
+    # the model
+    model, tokenizer = open_run(args.run)
+    model.eval()
+    tokenizer.encode_special_tokens = False  # "<mask>" in a text is the mask
+    # the texts
+    if args.text is not None:
+        texts = [args.text]
+    elif args.interactive:
+        texts = ask(special_token(tokenizer, "mask"))
+    else:
+        texts = read_lines()
+
+    # a mistake at the prompt can be corrected
     for text in texts:
         try:
-            for found in fill_mask(*run, text, int(top)):
-                print(", ".join(f"{token} {p:.1%}" for token, p in found), flush=True)
-        except ValueError as e:
-            if not interactive:
-                sys.exit(f"fill_mask.py: {e}: {text[:60]!r}")
+            print_answers(model, tokenizer, text, args.top)
+        except Fault as e:
+            if not args.interactive:
+                raise Fault(f"{e}: {text[:60]!r}") from e
             print(e)
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (EOFError, KeyboardInterrupt):
-        print()
-    except UnicodeDecodeError as e:
-        sys.exit(f"fill_mask.py: a text is not in the encoding of this terminal: {e}")
+    run_script(main)

@@ -1,251 +1,477 @@
-"""Pictures of runs.
+"""Draw pictures of runs.
 
-python plot.py out/x [out/y ...] [--x=clock|tokens|progress] [--out=FILE.png]   curves of log.jsonl
-python plot.py out/x --card [--out=FILE.png]                     the scorecard of glue.json beside the published rows
-python plot.py out/x out/y ... --scaling [--out=FILE.png]        models of several sizes: loss by compute, with a power law
+python -m tools.plot out/x [out/y ...]            the curves of log.jsonl
+python -m tools.plot out/x --card                 the scores of glue.json, next to published ones
+python -m tools.plot out/x out/y ... --scaling    loss by compute for models of several sizes
 
-Runs that differ in nothing but the seed share a colour, and their validation losses are drawn as their mean and range.
+Runs that differ in nothing but the seed share a colour. Their validation losses are drawn as their
+mean and range.
 """
 
-import json
+import argparse
+import itertools
 import math
-import sys
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from scipy.stats import linregress
 
-from checkpoint import add_shares, completed, read_log
-from scorecard import DOCS, NINE, PUBLISHED
+from nanocram.configurator import ROOT
+from nanocram.docs_corpus import TASKS
+from nanocram.faults import Fault, read_json, run_script
+from nanocram.glue import NINE
+from nanocram.runs import add_time_fraction, fill_in_defaults, read_log
+from nanocram.scorecard import PUBLISHED, TITLES
 
-try:
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display needed
-    import matplotlib.pyplot as plt
-except ImportError:
-    sys.exit("plot.py: needs `pip install matplotlib`")
-
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito: colour-blind safe
-PANELS = {
+# Okabe and Ito's colours, which colour-blind readers can tell apart
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+LOSS = "validation loss (nats per masked token)"
+PANELS = {  # keys of log.jsonl: titles
     "loss": "training loss (nats per masked token)",
-    "val_loss": "validation loss (nats per masked token)",
+    "val_loss": LOSS,
     "tokens_per_s": "tokens per second",
     "lr": "learning rate",
     "batch_size": "rows in a batch",
     "grad_norm": "norm of the gradient",
 }
+FROM_ZERO = ("tokens_per_s", "batch_size", "lr")  # panels whose axis begins at 0
+
+HATCHES = ["", "//", "..", "xx"]  # of grey bars
+# a colour per line, then another line style for more lines than colours
+LINES = [
+    {"ls": style, "color": color} for style, color in itertools.product(["-", "--", ":"], COLORS)
+]
+
+
+@dataclass
+class Axis:
+    """A horizontal axis: its label, the key of log.jsonl, and the factor to the label's unit."""
+
+    label: str
+    key: str
+    factor: float
+
+
 X = {
-    "clock": ("hours of wall clock", "hours", 1),
-    "tokens": ("million tokens seen", "tokens", 1e-6),
-    "progress": ("share of the time", "share", 1),
+    "clock": Axis("hours of wall clock", "hours", 1),
+    "tokens": Axis("million tokens seen", "tokens", 1e-6),
+    "progress": Axis("fraction of the time", "time_fraction", 1),
 }
 
 
-def log_of(run):
+# --------------------------------------------------------------------------------------------------
+# Figures
+
+
+def new_figure(width, height):
+    """Return an empty figure of that size in inches. It needs no display."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as e:
+        raise Fault("needs `pip install matplotlib`") from e
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save(figure, file):
+    """Write a figure. Raise Fault if the folder is missing or the suffix is unknown."""
+    try:
+        figure.savefig(file, dpi=120)
+    except (OSError, ValueError) as e:
+        raise Fault(f"{file} cannot be written: {e}") from e
+
+
+def clean(axes, grid="both"):
+    """Remove the frame's upper and right line, and draw a faint grid behind the data."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis=grid, alpha=0.3)
+    axes.set_axisbelow(True)
+
+
+# --------------------------------------------------------------------------------------------------
+# Runs
+
+
+def config_of(run):
+    """Return the config of a run, or None if it has none."""
+    path = Path(run) / "config.json"
+    return read_json(path) if path.exists() else None
+
+
+def entries_of(run):
+    """Return the entries of a run's log, each with its `time_fraction`."""
     path = Path(run) / "log.jsonl"
     if not path.exists():
-        sys.exit(f"plot.py: {path} does not exist; name the folder of a run, as in out/demo")
+        raise Fault(f"{path} does not exist; name the folder of a run, such as out/demo")
     entries = read_log(path)
     if not entries:
-        sys.exit(f"plot.py: {path} is empty: the run has only begun")
-    config = path.with_name("config.json")
-    add_shares(entries, json.loads(config.read_text()) if config.exists() else {})
+        raise Fault(f"{path} is empty: the run has only begun")
+    add_time_fraction(entries, config_of(run) or {})
     return entries
 
 
-def comparable(runs):
-    """Whether the runs' validation losses measure the same thing: same tokenizer, same val.bin."""
-    files = [Path(run) / "config.json" for run in runs]
-    configs = [json.loads(file.read_text()) if file.exists() else {"val_sha256": file} for file in files]
-    return len({(c.get("tokenizer_sha256"), c.get("val_sha256")) for c in configs}) == 1
-
-
-def recipes(runs):
-    """The runs in lists of those that differ in the seed and in nothing else."""
-    found = []  # (config but for the seed, {seed: run})
+def have_one_validation(runs):
+    """Return whether the validation losses of runs compare: one tokenizer and one val.bin."""
+    files = set()
     for run in runs:
-        path = Path(run) / "config.json"
-        config = json.loads(path.read_text()) if path.exists() else {"file": str(path)}
-        seed, config = config.get("seed"), {**completed(config), "seed": None, "out_dir": None, "resume": None}
-        seeds = next((seeds for other, seeds in found if other == config and seed not in seeds), {})
-        if not seeds:
-            found.append((config, seeds))
-        seeds[seed] = run
-    return [list(seeds.values()) for _, seeds in found]
+        config = config_of(run)
+        if config is None:
+            files.add(str(run))
+        else:
+            files.add((config.get("tokenizer_sha256"), config.get("val_sha256")))
+    return len(files) == 1
+
+
+def group_by_recipe(runs):
+    """Return lists of the runs that differ in the seed and in nothing else."""
+    groups = []  # [(config without what may differ, {seed: run})]
+    for run in runs:
+        config = config_of(run)
+        if config is None:
+            config = {"run": str(run)}
+        seed = config.get("seed")
+        recipe = fill_in_defaults(config, ROOT / "train.py")
+        recipe |= {"seed": None, "out_dir": None, "resume": None}
+
+        # join the first group of this recipe that lacks the seed, or begin one
+        for other, seeds in groups:
+            if other == recipe and seed not in seeds:
+                seeds[seed] = run
+                break
+        else:
+            groups.append((recipe, {seed: run}))
+    return [list(seeds.values()) for _, seeds in groups]
+
+
+# --------------------------------------------------------------------------------------------------
+# Curves
 
 
 def mean_and_range(curves):
-    """(xs, mean, lowest, highest) of curves (xs, ys), in straight lines between their points, where all have some; or None."""
-    low, high = max(xs[0] for xs, _ in curves), min(xs[-1] for xs, _ in curves)
+    """Return (xs, mean, lowest, highest) of curves [(xs, ys)], or None if they do not overlap.
+
+    Curves are straight lines between their points. The result covers the xs that all of them have.
+    """
+    low = max(xs[0] for xs, _ in curves)
+    high = min(xs[-1] for xs, _ in curves)
     if low > high:
         return None
-    grid = np.unique(np.concatenate([xs for xs, _ in curves]).clip(low, high))
-    ys = np.array([np.interp(grid, xs, ys) for xs, ys in curves])
-    return grid, ys.mean(0), ys.min(0), ys.max(0)
+    every_x = np.concatenate([xs for xs, _ in curves])
+    grid = np.unique(every_x.clip(low, high))
+    every_y = np.array([np.interp(grid, xs, ys) for xs, ys in curves])
+    return grid, every_y.mean(0), every_y.min(0), every_y.max(0)
 
 
-def draw_curves(runs, x, file):
-    logs = {run: log_of(run) for run in runs}
-    label, field, factor = X[x]
-    if x == "clock" and max(e["hours"] for log in logs.values() for e in log) <= 2:
-        label, factor = "minutes of wall clock", 60
-    fig, axes = plt.subplots(2, 3, figsize=(14, 7), constrained_layout=True)
-    for seeds, color in zip(recipes(runs), COLORS * len(runs)):
-        name = Path(seeds[0]).name + (f", {len(seeds)} seeds" if len(seeds) > 1 else "")
-        for ax, key in zip(axes.flat, PANELS):
-            points = [[(factor * e[field], e[key]) for e in logs[run] if e.get(key) is not None] for run in seeds]
-            curves = [np.array(p).T for p in points if p]
-            look = {"color": color, "marker": "o" if key == "val_loss" else None, "ms": 4, "lw": 1.3}
-            if key == "val_loss" and len(curves) > 1 and (band := mean_and_range(curves)):
-                xs, mean, lowest, highest = band
-                ax.fill_between(xs, lowest, highest, color=color, alpha=0.25, lw=0)
-                ax.plot(xs, mean, color=color, lw=1.3)
-                look |= {"ms": 2, "lw": 0}  # their points alone
-            for i, (xs, ys) in enumerate(curves):
-                ax.plot(xs, ys, label=None if i else name, **look)
-    for ax, (key, title) in zip(axes.flat, PANELS.items()):
-        ax.set(title=title, xlabel=label)
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
-        if key in ("tokens_per_s", "batch_size", "lr"):
-            ax.set_ylim(bottom=0)
-    axes[1, 2].set_yscale("log")
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
-    if not comparable(runs):
-        axes[0, 1].set_title("validation loss: NOT comparable, other tokenizer or val.bin", color="#D55E00")
-        print("plot.py: warning: the runs differ in tokenizer or val.bin, so their losses measure different things")
-    fig.savefig(file, dpi=120)
+def curve_of(entries, key, x):
+    """Return (xs, ys) of one key of a log, as an array of shape (2, points)."""
+    points = []
+    for entry in entries:
+        if entry.get(key) is not None:
+            point = (x.factor * entry[x.key], entry[key])
+            points.append(point)
+    return np.array(points).T
 
 
-def draw_card(run, file):
-    path = Path(run) / "glue.json"
-    if not path.exists():
-        sys.exit(f"plot.py: {path} does not exist; finetune_glue.py writes it")
-    card = json.loads(path.read_text())
-    found = {t for row in card["rows"].values() for t in row}
-    tasks = [t for t in NINE if t in found] or [t for t in DOCS if t in found] or sorted(found)
-    bars = {{"run": "pretrained", "scratch": "no pretraining"}.get(k, k): row for k, row in card["rows"].items()}
-    partial = any(entry["partial"] for row in card["rows"].values() for entry in row.values())
-    published = PUBLISHED if set(tasks) <= set(NINE) else {}
-    n, width = len(bars) + len(published), 0.8 / (len(bars) + len(published))
-    fig, ax = plt.subplots(figsize=(max(7, 1.6 * len(tasks) + 2), 4.5), constrained_layout=True)
-    for i, (name, row) in enumerate(bars.items()):
-        at = [j + (i - (n - 1) / 2) * width for j, t in enumerate(tasks) if t in row]
-        entries = [row[t] for t in tasks if t in row]
-        values, spread = [e["median"] for e in entries], [e["sd"] for e in entries]
-        ax.bar(at, values, width, yerr=spread, color=COLORS[i], label=name, error_kw={"lw": 1})
-    for i, (name, numbers) in enumerate(published.items(), len(bars)):
-        values = dict(zip(NINE, numbers))
-        at = [j + (i - (n - 1) / 2) * width for j in range(len(tasks))]
-        ax.bar(
-            at,
-            [values[t] for t in tasks],
-            width,
-            color="0.75",
-            edgecolor="0.3",
-            hatch=["", "//", "..", "xx"][i % 4],
-            label=name,
-        )
-    ax.set_xticks(range(len(tasks)), [f"{t}\n{next(r[t]['metric'] for r in bars.values() if t in r)}" for t in tasks])
-    note = "; partial data, not comparable with published rows" if partial and published else ""
-    ax.set(ylabel="percent", title=f"median and standard deviation over fine-tuning seeds{note}")
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(axis="y", alpha=0.3)
-    ax.set_axisbelow(True)
-    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    fig.savefig(file, dpi=120)
+def draw_seeds(axes, key, curves, line, name):
+    """Draw one quantity of the runs of one recipe, a curve (xs, ys) per seed."""
+    style = line | {"lw": 1.3, "ms": 4}
+    if key == "val_loss":
+        style["marker"] = "o"
+
+    # validation losses of several seeds: a line for the mean, a band for the range
+    band = None
+    if key == "val_loss" and len(curves) > 1:
+        band = mean_and_range(curves)
+    if band:
+        xs, mean, lowest, highest = band
+        faint = {"color": line["color"], "alpha": 0.25, "lw": 0}
+        axes.fill_between(xs, lowest, highest, **faint)
+        axes.plot(xs, mean, lw=1.3, **line)
+        style |= {"ms": 2, "lw": 0}
+
+    # only the first seed is named in the legend
+    for i, (xs, ys) in enumerate(curves):
+        axes.plot(xs, ys, label=None if i else name, **style)
+
+
+def x_axis(name, logs):
+    """Return the axis of that name; the clock shows minutes if no run takes over two hours."""
+    if name == "clock":
+        longest = max(entries[-1]["hours"] for entries in logs)
+        if longest <= 2:
+            return Axis("minutes of wall clock", "hours", 60)
+    return X[name]
+
+
+def draw_curves(runs, x_name, file):
+    """Draw the six quantities of PANELS by the clock, tokens or progress. Return the figure."""
+    logs = {run: entries_of(run) for run in runs}
+    x = x_axis(x_name, logs.values())
+    figure = new_figure(14, 7)
+    grid = figure.subplots(2, 3)
+    panels = dict(zip(PANELS, grid.flat))
+
+    # a line per recipe
+    for i, seeds in enumerate(group_by_recipe(runs)):
+        line = LINES[i % len(LINES)]
+        name = Path(seeds[0]).name
+        if len(seeds) > 1:
+            # a sweep names its runs recipe-seed
+            name = re.sub(r"-\d+$", "", name)
+            name = f"{name}, {len(seeds)} seeds"
+        for key, axes in panels.items():
+            curves = [curve_of(logs[run], key, x) for run in seeds]
+            curves = [curve for curve in curves if curve.size]
+            draw_seeds(axes, key, curves, line, name)
+
+    # titles and axes
+    for key, axes in panels.items():
+        axes.set(title=PANELS[key], xlabel=x.label)
+        clean(axes)
+        if key in FROM_ZERO:
+            axes.set_ylim(bottom=0)
+    panels["grad_norm"].set_yscale("log")
+    handles, labels = panels["loss"].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
+
+    # a warning where a reader would compare what does not compare
+    if not have_one_validation(runs):
+        title = "validation loss: NOT comparable, other tokenizer or val.bin"
+        panels["val_loss"].set_title(title, color="red")
+        print("warning: the runs differ in tokenizer or val.bin: their losses do not compare")
+    save(figure, file)
+    return figure
 
 
 def draw_losses(losses, file):
-    """{name: val_loss of each seed}: a dot each; the first one's range, with two seeds or more, as a band behind all."""
+    """Draw {name: [val_loss of each seed]} as dots, with the range of the first entry as a band."""
+    # the first entry on top, then the others from best to worst
     first, *others = losses
-    names = [first, *sorted(others, key=lambda name: np.mean(losses[name]))]
-    fig, ax = plt.subplots(figsize=(8, 1.2 + 0.3 * len(names)), constrained_layout=True)
-    ax.axvspan(min(losses[first]), max(losses[first]), color=COLORS[0], alpha=0.15, lw=0)
+    means = {name: np.mean(losses[name]) for name in others}
+    names = [first, *sorted(others, key=means.get)]
+    figure = new_figure(8, 1.2 + 0.3 * len(names))
+    axes = figure.subplots()
+
+    # the range of the first one, behind all of them
+    faint = {"color": COLORS[0], "alpha": 0.15, "lw": 0}
+    axes.axvspan(min(losses[first]), max(losses[first]), **faint)
     for i, name in enumerate(names):
-        ax.plot(losses[name], [i] * len(losses[name]), "o", color=COLORS[name != first], ms=6, alpha=0.8)
-    ax.set_yticks(range(len(names)), names)
-    ax.set(ylim=(len(names) - 0.5, -0.5), xlabel="validation loss (nats per masked token); a dot is a pretraining seed")
-    ax.grid(axis="x", alpha=0.3)
-    ax.spines[["top", "right"]].set_visible(False)
-    fig.savefig(file, dpi=120)
+        color = COLORS[0] if name == first else COLORS[1]
+        heights = np.full(len(losses[name]), i)
+        axes.plot(losses[name], heights, "o", color=color, ms=6, alpha=0.8)
+
+    # names downwards
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlabel(f"{LOSS}; a dot is a pretraining seed")
+    clean(axes, grid="x")
+    save(figure, file)
+    return figure
+
+
+# --------------------------------------------------------------------------------------------------
+# The scorecard
+
+
+def card_tasks(rows):
+    """Return the tasks to draw: those of GLUE's average, else the offline ones, else all."""
+    found = set()
+    for row in rows.values():
+        found |= row.keys()
+    for names in (NINE, TASKS):
+        if chosen := [task for task in names if task in found]:
+            return chosen
+    return sorted(found)
+
+
+def draw_card(run, file):
+    """Draw the medians of a run's glue.json, and published ones if all tasks are GLUE's."""
+    path = Path(run) / "glue.json"
+    if not path.exists():
+        raise Fault(f"{path} does not exist; finetune_glue.py writes it")
+    rows = read_json(path)["rows"]
+    tasks = card_tasks(rows)
+    published = PUBLISHED if set(tasks) <= set(NINE) else {}
+
+    # a group of bars per task, which leaves a fifth of the space between groups
+    n_bars = len(rows) + len(published)
+    width = 0.8 / n_bars
+    centre = (n_bars - 1) / 2
+    inches = 1.6 * len(tasks) + 4
+    figure = new_figure(max(9, inches), 4.5)
+    axes = figure.subplots()
+
+    # our own bars, with the standard deviation over fine-tuning seeds
+    for i, (init, row) in enumerate(rows.items()):
+        offset = (i - centre) * width
+        present = [task for task in tasks if task in row]
+        xs = [tasks.index(task) + offset for task in present]
+        medians = [row[task]["median"] for task in present]
+        deviations = [row[task]["sd"] for task in present]
+        color = COLORS[i % len(COLORS)]
+        label = TITLES.get(init, init)
+        axes.bar(xs, medians, width, yerr=deviations, color=color, label=label)
+
+    # published ones, in grey
+    for i, (title, numbers) in enumerate(published.items()):
+        offset = (len(rows) + i - centre) * width
+        xs = np.arange(len(tasks)) + offset
+        heights = [numbers[NINE.index(task)] for task in tasks]
+        grey = {"color": "0.75", "edgecolor": "0.3", "hatch": HATCHES[i % len(HATCHES)]}
+        axes.bar(xs, heights, width, label=title, **grey)
+
+    # titles and axes
+    labels = [f"{task}\n{metric_of(rows, task)}" for task in tasks]
+    axes.set_xticks(range(len(tasks)), labels)
+    title = "median and standard deviation over fine-tuning seeds"
+    if published and is_partial(rows):
+        title += "; partial data, not comparable with published rows"
+    axes.set(ylabel="percent", title=title)
+    clean(axes, grid="y")
+    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
+    save(figure, file)
+    return figure
+
+
+def metric_of(rows, task):
+    """Return the name of a task's metric, from the first row that has the task."""
+    for row in rows.values():
+        if task in row:
+            return row[task]["metric"]
+
+
+def is_partial(rows):
+    """Return whether a score of any row is on a part of a task's data."""
+    for row in rows.values():
+        if any(entry["partial"] for entry in row.values()):
+            return True
+    return False
+
+
+# --------------------------------------------------------------------------------------------------
+# Scaling
 
 
 def power_law(points):
-    """Fits loss = (c / flops) ** b to those (flops, loss) that no point with less compute undercuts: the envelope.
+    """Fit loss = (c / flops) ** b to the envelope of points (flops, loss).
 
-    Returns (c, b, the envelope). ValueError where that has fewer than three points.
+    The envelope are the points that no point with less compute undercuts. Return (c, b, envelope).
     """
     envelope = []
     for flops, loss in sorted(points):
         if not envelope or loss < envelope[-1][1]:
             envelope.append((flops, loss))
     if len(envelope) < 3:
-        raise ValueError("--scaling takes three points on the envelope; evaluate more often, or name more runs")
-    fit = linregress(*np.log(envelope).T)
-    return math.exp(-fit.intercept / fit.slope), -fit.slope, envelope
+        raise Fault(
+            "--scaling takes three points on the envelope; evaluate more often, or name more runs"
+        )
+
+    # a straight line in logarithms: log loss = b log c - b log flops
+    log_flops, log_loss = np.log(envelope).T
+    fit = linregress(log_flops, log_loss)
+    c = math.exp(-fit.intercept / fit.slope)
+    return c, -fit.slope, envelope
 
 
 def jackknife(runs):
-    """Standard error of power_law's b over runs, each a list of points: leaves out one at a time. nan if they are too few.
+    """Return the standard error of power_law's b, leaving out one run (a list of points) at a time.
 
-    The points of one run are not independent, and most are from before its learning rate has come down; runs are.
+    The points of one run are not independent, and most are from before its learning rate has come
+    down; runs are independent. With fewer than three runs the error is not a number.
     """
     if len(runs) < 3:
         return math.nan
-    try:
-        left = [power_law(sum(runs[:i] + runs[i + 1 :], []))[1] for i in range(len(runs))]
-    except ValueError:
-        return math.nan
-    return math.sqrt((len(left) - 1) * np.var(left))
+    slopes = []
+    for left_out in range(len(runs)):
+        others = runs[:left_out] + runs[left_out + 1 :]
+        try:
+            _, slope, _ = power_law(sum(others, []))
+        except Fault:
+            return math.nan
+        slopes.append(slope)
+    return math.sqrt((len(runs) - 1) * np.var(slopes))
 
 
 def draw_scaling(runs, file):
-    """val_loss by compute and by the clock, a curve a run, and the power law of the envelope over all."""
-    logs = [[e for e in log_of(run) if "flops" in e] for run in runs]
-    if not comparable(runs):
-        sys.exit("plot.py: --scaling takes runs of one tokenizer and val.bin")
-    fig, axes = plt.subplots(1, 2, figsize=(12, 4.5), constrained_layout=True, sharey=True)
-    styles = ["-", "--", ":"]  # for more runs than colours
-    for i, (run, log) in enumerate(zip(runs, logs)):
-        look = {"color": COLORS[i % len(COLORS)], "ls": styles[i // len(COLORS) % 3], "marker": "o", "ms": 3, "lw": 1.3}
-        for ax, key, unit in zip(axes, ("flops", "hours"), (1, 60)):
-            ax.plot([unit * e[key] for e in log], [e["val_loss"] for e in log], label=Path(run).name, **look)
-    points = [[(e["flops"], e["val_loss"]) for e in log] for log in logs]
-    (c, b, envelope), error = power_law(sum(points, [])), jackknife(points)
+    """Draw val_loss by compute and by the clock, a curve per run, and the envelope's power law."""
+    if not have_one_validation(runs):
+        raise Fault("--scaling takes runs of one tokenizer and val.bin")
+    logs = []  # of each run, its evaluations
+    points = []
+    for run in runs:
+        log = [entry for entry in entries_of(run) if "flops" in entry]
+        logs.append(log)
+        points.append([(entry["flops"], entry["val_loss"]) for entry in log])
+    c, b, envelope = power_law(sum(points, []))
+    error = jackknife(points)
+
+    # the law first, so that the curves lie on top of it
+    figure = new_figure(14, 4.5)
+    by_compute, by_clock = figure.subplots(1, 2, sharey=True)
     xs = np.geomspace(envelope[0][0], envelope[-1][0])
-    axes[0].plot(xs, (c / xs) ** b, color="0.4", lw=3, alpha=0.4, label=f"(C / FLOPs)^b, b = {b:.3f} ± {error:.3f} over runs")
-    axes[0].set(xscale="log", yscale="log", xlabel="FLOPs of the model, forward and backward")
-    axes[1].set(xlabel="minutes of wall clock")
-    axes[0].set_ylabel("validation loss (nats per masked token)")
-    for numbers in (axes[0].yaxis.set_major_formatter, axes[0].yaxis.set_minor_formatter):
-        numbers("{x:.1f}")
-    for ax in axes:
-        ax.grid(alpha=0.3, which="both")
-        ax.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, fontsize=8)
-    fig.savefig(file, dpi=120)
+    ys = (c / xs) ** b
+    law = f"(C / FLOPs)^b, b = {b:.3f} ± {error:.3f} over runs"
+    by_compute.plot(xs, ys, color="0.4", lw=3, alpha=0.4, label=law)
+
+    # a line per run
+    for i, (run, log) in enumerate(zip(runs, logs)):
+        line = LINES[i % len(LINES)]
+        style = line | {"marker": "o", "ms": 3, "lw": 1.3}
+        losses = [entry["val_loss"] for entry in log]
+        flops = [entry["flops"] for entry in log]
+        minutes = [60 * entry["hours"] for entry in log]
+        by_compute.plot(flops, losses, label=Path(run).name, **style)
+        by_clock.plot(minutes, losses, **style)
+
+    # titles and axes
+    by_compute.set(xscale="log", yscale="log", ylabel=LOSS)
+    by_compute.set_xlabel("FLOPs of the model, forward and backward")
+    by_compute.yaxis.set_major_formatter("{x:.1f}")
+    by_compute.yaxis.set_minor_formatter("{x:.1f}")
+    by_clock.set_xlabel("minutes of wall clock")
+    for axes in (by_compute, by_clock):
+        clean(axes)
+        axes.grid(alpha=0.3, which="both")
+    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
+    save(figure, file)
+
     print(
-        f"loss = (C / FLOPs)^b with C = {c:.3g} and b = {b:.4f} ± {error:.4f} (leaving out one run at a time), "
-        f"fitted to the {len(envelope)} points on the envelope"
+        f"loss = (C / FLOPs)^b with C = {c:.3g} and b = {b:.4f} ± {error:.4f} (leaving out one run "
+        f"at a time), fitted to the {len(envelope)} points on the envelope"
     )
+    return figure
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.plot",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, such as out/demo")
+    parser.add_argument("--x", choices=X, default="clock", help="horizontal axis of the curves")
+    parser.add_argument("--out", metavar="FILE", help="the picture (default: in the first run)")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--card", action="store_true", help="draw the scores of the first run")
+    kind.add_argument("--scaling", action="store_true", help="draw loss by compute, with its law")
+    args = parser.parse_args(argv)
+
+    if args.card:
+        file = args.out or Path(args.runs[0]) / "card.png"
+        draw_card(args.runs[0], file)
+    elif args.scaling:
+        file = args.out or Path(args.runs[0]) / "scaling.png"
+        draw_scaling(args.runs, file)
+    else:
+        file = args.out or Path(args.runs[0]) / "curves.png"
+        draw_curves(args.runs, args.x, file)
+    print(file)
 
 
 if __name__ == "__main__":
-    runs = [a for a in sys.argv[1:] if not a.startswith("--")]
-    options = dict(a[2:].partition("=")[::2] for a in sys.argv[1:] if a.startswith("--"))
-    if not runs or options.keys() - {"out", "x", "card", "scaling"} or options.get("x", "clock") not in X:
-        sys.exit(__doc__.strip())
-    picture = next((name for name in ("card", "scaling") if name in options), "curves")
-    file = options.get("out", str(Path(runs[0]) / f"{picture}.png"))
-    try:
-        if picture == "card":
-            draw_card(runs[0], file)
-        elif picture == "scaling":
-            draw_scaling(runs, file)
-        else:
-            draw_curves(runs, options.get("x", "clock"), file)
-    except (OSError, ValueError) as e:  # a folder that is not there, a suffix that matplotlib does not know
-        sys.exit(f"plot.py: {file}: {e}")
-    print(file)
+    run_script(main)

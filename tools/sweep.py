@@ -1,297 +1,565 @@
-"""Many runs under one budget, one after the other, and one table of them:
+"""Train many recipes under one budget, one after the other, and make one table of them.
 
-    python sweep.py crammed bert_base half_depth post_norm --seeds=2 --scale=cpu --out=out/sweep [--key=value ...]
+python -m tools.sweep crammed bert_base half_depth --seeds=2 --scale=cpu [--key=value ...]
 
-A name is a recipe (config/NAME.py), or an entry of config/ablations.py, which changes the crammed recipe; mine+rotary+relu2
-is config/mine.py with two such changes. The first one is what the others are compared with. Each is prepared and trained
-with every seed, then scored if tasks are named (--tasks=cola,rte). Other words go to all stages, before what an entry
-changes. The same command continues a sweep that was stopped, and skips what is done; a run that fails does not end it.
---table=True runs nothing.
+A name is a recipe (config/NAME.py), or an entry of config/ablations.py, which changes the crammed
+recipe; mine+rotary+relu2 is config/mine.py with two such changes. The others are compared with the
+first one. Each is prepared and trained with every seed, then scored if tasks are named
+(--tasks=cola,rte). Other --key=value words go to all stages, before what an entry changes. The
+same command continues a sweep that was stopped, and skips what is done. A run that fails does not
+end the sweep.
 
-Runs by the clock are only fair on a machine that has nothing else to do. With --tokens=N the first entry sees N tokens, and
-each other one as many as it would in the same time: its speed is measured first, in turns with that of the first entry (which
-leaves out the seconds of count_tokens). Schedules are then functions of the share of the steps.
+Runs by the clock are only fair on a machine that has nothing else to do. With --tokens=N the first
+entry sees N tokens, and each other one as many as it would in the same time. Its speed is measured
+first, in turns with that of the first entry, without the seconds of count_tokens. Schedules are
+then functions of the steps.
 
-out/sweep/<name>-<seed>/ are runs like any other; out/sweep/table.md and sweep.png are what came out. With two seeds or more
-the table ends with how far each entry is from the first one, seed by seed, and the 95 % interval of that. For --table=True
-their config.json, log.jsonl and glue.json are enough.
+OUT/NAME-SEED/ are runs like any other; OUT/table.md and OUT/sweep.png are the result. With two
+seeds or more the table ends with how far each entry is from the first one, seed by seed, and the
+95 % interval of that. --table makes the table of the runs that are there; their config.json,
+log.jsonl and glue.json are enough.
 """
 
+import argparse
 import hashlib
-import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from scipy import stats
 
-import checkpoint
 import train
-from bench import our_config, relative_speeds
-from configurator import ROOT, check, configure, literal, replace_file, write_json
+from nanocram.configurator import ROOT, resolve
+from nanocram.faults import Fault, read_json, replace_file, run_script, write_json
+from nanocram.runs import add_time_fraction, fill_in_defaults, read_log
+from tools.bench import Recipe, model_config, relative_speeds
+from tools.plot import draw_losses
 
-seeds = 1  # [1, inf) runs of each entry, with the seeds 1337, 1338, ...
-out = "out/sweep"  # folder of the runs and of the table
-tokens = 0  # [0, inf) tokens that the first entry sees, 0 = the clock decides
-table = False  # only make the table of what is there
-OWN = {"seeds": (seeds, "[1, inf)"), "out": (out, ""), "tokens": (tokens, "[0, inf)"), "table": (table, "")}
-ABOUT = {"layers", "width", "passed at", "M tokens", "epochs", "speed", "k tokens/s"}  # columns without a difference
-DIGITS = {"layers": 0, "width": 0, "val_loss": 3, "passed at": 2, "epochs": 2, "speed": 2}  # of the table's columns, else 1
-# what else a step's time is of
-WORK = ["seq_len", "mask_rate", "mask_rate_end", "mask_80_10_10", "optimizer", "dtype", "device", "compile"]
+FIRST_SEED = 1337
+# keys that, with the model and the batch, decide how long a step takes
+WORK = ["seq_len", "mask_rate", "mask_80_10_10", "optimizer", "dtype", "device", "compile"]
+# columns of the table of which no difference is shown
+ABOUT = {"layers", "width", "passed at", "M tokens", "epochs", "speed", "k tokens/s"}
+# digits after the point in the table's columns; elsewhere 1
+DIGITS = {"layers": 0, "width": 0, "val_loss": 3, "passed at": 2, "epochs": 2, "speed": 2}
+NOT_IN_MEAN = {"wnli", "ax"}  # GLUE's average leaves them out, too
+SAME_COMMAND = "the same command continues"
 
 
-def words_of(name, extra):
-    """What to say to a stage so that it runs `name`."""
+@dataclass
+class Reference:
+    """What the first entry with a finished run reached, to compare the others with."""
+
+    loss: float  # mean of its last val_loss
+    files: tuple  # hashes of the tokenizer and of val.bin
+
+
+@dataclass
+class Entry:
+    """The finished runs of one entry."""
+
+    rows: dict  # {seed: {column of the table: number}}
+    is_comparable: bool  # whether val_loss is measured on the files of the reference
+
+
+# --------------------------------------------------------------------------------------------------
+# Entries
+
+
+def stage_words(name, words):
+    """Return the command line of a stage for the entry `name`, with the words of the sweep's."""
     base, *changes = name.split("+")
     if base == "ablations" or not (ROOT / "config" / f"{base}.py").exists():
-        base, changes = "crammed", [base, *changes]
-    scale = [word for word in extra if word.startswith("--scale=")]
-    rest = [word for word in extra if word not in scale]
-    return [f"config/{base}.py", *scale, *rest, *[f"--ablation={change}" for change in changes]]
+        changes = [base, *changes]
+        base = "crammed"
+    scales = [word for word in words if word.startswith("--scale=")]
+    others = [word for word in words if word not in scales]
+    ablations = [f"--ablation={change}" for change in changes]
+    return [f"config/{base}.py", *scales, *others, *ablations]
 
 
-def steps_of(configs):
-    """{name: max_steps}: `tokens` of the first entry, and of the others what their speed makes of the same time.
+def resolve_entries(names, words):
+    """Return {name: config}. Raise Fault if a word is wrong or two entries do not compare."""
+    configs = {name: resolve("train.py", stage_words(name, words)) for name in names}
+    budgets = {(config["budget_hours"], config["max_steps"]) for config in configs.values()}
+    if len(budgets) > 1:
+        raise Fault("these recipes have different budgets; --budget_hours=H gives them the same")
 
-    One that does not run is not in it.
-    """
-    recipes, works, new, path = {}, {}, {}, Path(out) / "speeds.json"
+    # two entries may become the same at this scale
+    seen = {}
     for name, config in configs.items():
-        vars(train).update({k: config[k] for k in ("batch_size", "batch_ramp", "batch_ramp_rows")})
-        rows = np.mean([train.batch_rows(p) for p in np.linspace(0, 1, 1001)])
-        micro = config["micro_batch_size"]
-        recipes[name] = config, max(round(rows / micro), 1) * micro, micro, rows * config["seq_len"]
-        work = repr([our_config(config), recipes[name][1:], [config[key] for key in WORK]])  # equal work, equal speed
-        works[name] = hashlib.sha256(work.encode()).hexdigest()[:16]
-    saved, first = json.loads(path.read_text()) if path.exists() else {}, next(iter(configs))
-    speeds = {work: speed for speed, work in saved.values()}
-    if works[first] not in speeds:
-        saved, speeds = {}, {works[first]: 1.0}
+        experiment = {key: config[key] for key in config if key not in ("out_dir", "dataset")}
+        for other, other_experiment in seen.items():
+            if experiment == other_experiment:
+                raise Fault(f"{name} and {other} are the same experiment here; leave one out")
+        seen[name] = experiment
+    return configs
+
+
+# --------------------------------------------------------------------------------------------------
+# Steps, if tokens are counted and not hours
+
+
+def steps_of(configs, tokens, path):
+    """Return {name: max_steps} in the time in which the first entry sees `tokens`.
+
+    An entry that does not run is not in the result. path: file of the measured speeds.
+    """
+    recipes = {}
+    tokens_per_step = {}
+    for name, config in configs.items():
+        rows = mean_batch_rows(config)
+        micro_rows = config["micro_batch_size"]
+        n_micro_batches = max(round(rows / micro_rows), 1)
+        recipes[name] = Recipe(config, n_micro_batches * micro_rows, micro_rows)
+        tokens_per_step[name] = rows * config["seq_len"]
+
+    steps = {}
+    for name, speed in measure_speeds(recipes, tokens_per_step, path).items():
+        steps[name] = max(round(tokens * speed / tokens_per_step[name]), 1)
+    return steps
+
+
+def mean_batch_rows(config):
+    """Return the mean rows of a batch over the whole run."""
+    keys = ("batch_size", "batch_ramp", "batch_ramp_rows")
+    sizes = [config[key] for key in keys]
+    return np.mean([train.batch_rows(p, *sizes) for p in np.linspace(0, 1, 1001)])
+
+
+def hash_of_work(recipe, tokens_per_step):
+    """Return a short hash of what decides the speed of a recipe: equal work, equal speed."""
+    batch = (recipe.rows, recipe.micro_rows, tokens_per_step)
+    keys = [recipe.config[key] for key in WORK]
+    work = repr([model_config(recipe.config), batch, keys])
+    return hashlib.sha256(work.encode()).hexdigest()[:16]
+
+
+def measure_speeds(recipes, tokens_per_step, path):
+    """Return {name: tokens per second, as a multiple of the first recipe's}.
+
+    Speeds that the file `path` has are not measured again. A recipe that does not run is left out.
+    """
+    works = {name: hash_of_work(recipes[name], tokens_per_step[name]) for name in recipes}
+    first = next(iter(works))
+
+    # speeds are relative to one entry: without it, those of the file say nothing
+    saved = read_json(path) if path.exists() else {}
+    known = {work: speed for speed, work in saved.values()}
+    if works[first] not in known:
+        saved = {}
+        known = {works[first]: 1.0}
+
+    # measure each kind of work once
+    new = {}
     for name, work in works.items():
-        if work not in speeds:
+        if work not in known:
             new.setdefault(work, name)
     if new:
-        found = relative_speeds({name: recipes[name][:3] for name in [first, *new.values()]})
-        speeds |= {work: found[name] * speeds[works[first]] for work, name in new.items() if name in found}
-    write_json(path, saved | {name: [speeds[work], work] for name, work in works.items() if work in speeds})
-    shares = {name: speeds[work] / speeds[works[first]] for name, work in works.items() if work in speeds}
-    return {name: max(round(tokens * share / recipes[name][3]), 1) for name, share in shares.items()}
+        found = relative_speeds({name: recipes[name] for name in [first, *new.values()]})
+        for work, name in new.items():
+            if name in found:
+                known[work] = found[name] * known[works[first]]
+
+    # save them for the table and for the next call
+    works = {name: work for name, work in works.items() if work in known}
+    for name, work in works.items():
+        saved[name] = [known[work], work]
+    write_json(path, saved)
+    return {name: known[work] / known[works[first]] for name, work in works.items()}
 
 
-def call(script, words):
-    """Runs a stage. Whatever stops the sweep stops it first, and lets it save.
+# --------------------------------------------------------------------------------------------------
+# Runs
 
-    Each has a compile cache of its own: compilation is part of the budget, so all runs have to pay for it.
+
+def run_stage(script, words):
+    """Run a stage and return its exit status. What stops the sweep stops the stage first.
+
+    Each call has a compile cache of its own: compilation is part of the budget, so that all runs
+    have to pay for it.
     """
     print(f"== {script} {' '.join(words)}", flush=True)
-    cache = tempfile.TemporaryDirectory()
-    child = subprocess.Popen([sys.executable, ROOT / script, *words], env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache.name})
+    with tempfile.TemporaryDirectory() as cache:
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
+        command = [sys.executable, ROOT / script, *words]
+        process = subprocess.Popen(command, env=environment)
 
-    def stop(number, frame):
-        child.terminate()
-        raise KeyboardInterrupt
+        def stop(number, frame):
+            process.terminate()
+            raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        return child.wait()
-    except KeyboardInterrupt:  # a Ctrl-C in the terminal has reached the child, too
-        child.wait()
-        raise
-    finally:
-        cache.cleanup()
+        signal.signal(signal.SIGTERM, stop)
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            # a Ctrl-C in the terminal has reached the stage, too: let it save
+            process.wait()
+            raise
 
 
-def run(name, seed, extra):
-    """Does what is left to do of one entry with one seed. Returns why it failed, or None."""
-    folder, words = Path(out) / f"{name}-{seed}", words_of(name, extra)
-    config, finished = configure("train.py", words), (folder / "model.pt").exists()
+def finish_run(name, seed, words, out):
+    """Do what is left of one entry with one seed. Return why it failed, or None."""
+    folder = out / f"{name}-{seed}"
+    words = stage_words(name, words)
+    config = resolve("train.py", words)
     data = Path("data") / config["dataset"] / "meta.json"
-    if (data.exists() or not finished) and call("prepare.py", words):  # which refuses what was prepared otherwise
-        return "prepare.py failed"
-    if not finished:
-        if call("train.py", [*words, f"--out_dir={folder}", f"--seed={seed}"]):
-            return "train.py failed"
-    else:
-        done = checkpoint.completed(json.loads((folder / "config.json").read_text()))
-        free = {*checkpoint.FREE_KEYS, "seed", "vocab_size", *(key for key in done if key.endswith("_sha256"))}
-        if changed := [k for k in sorted(done.keys() - free) if done[k] != config.get(k)]:  # or the code has it no longer
-            return f"{folder} is a run with another {', '.join(changed)}"
-        if data.exists() and json.loads(data.read_text())["sha256"]["train"] != done["train_sha256"]:
-            return f"{folder} is a run on another train.bin"
-    if any(word.startswith("--tasks=") for word in extra) and call("finetune_glue.py", [*words, f"--out_dir={folder}"]):
-        return "finetune_glue.py failed"
+    is_finished = (folder / "model.pt").exists()
+
+    # prepare.py refuses a data set that was prepared otherwise
+    if data.exists() or not is_finished:
+        if run_stage("prepare.py", words):
+            return "prepare.py failed"
+
+    # train, or look whether the finished run is this one
+    own_words = [*words, f"--out_dir={folder}"]
+    if is_finished:
+        if reason := why_not_the_same(folder, config, data):
+            return reason
+    elif run_stage("train.py", [*own_words, f"--seed={seed}"]):
+        return "train.py failed"
+
+    # score
+    if any(word.startswith("--tasks=") for word in words):
+        if run_stage("finetune_glue.py", own_words):
+            return "finetune_glue.py failed"
     return None
 
 
-def passes(curve, loss):
-    """The first x of a curve [(x, y)] of straight lines at which y is no more than `loss`; nan if there is none."""
-    for (x0, y0), (x1, y1) in zip(curve[:1] + curve, curve):
+def why_not_the_same(folder, config, data):
+    """Return how a finished run differs from a config and its data (meta.json), or None.
+
+    A key that the code no longer has is a difference, too.
+    """
+    done = fill_in_defaults(read_json(folder / "config.json"), ROOT / "train.py")
+    changed = []
+    for key in sorted(done.keys() - {*train.FREE_KEYS, "seed", "vocab_size"}):
+        if not key.endswith("_sha256") and done[key] != config.get(key):
+            changed.append(key)
+    if changed:
+        return f"{folder} is a run with another {', '.join(changed)}"
+    if data.exists() and read_json(data)["sha256"]["train"] != done["train_sha256"]:
+        return f"{folder} is a run on another train.bin"
+    return None
+
+
+def run_all(names, configs, args, words):
+    """Run all entries with all seeds, and write the table after each. Return {name: why failed}."""
+    failed = {}
+    steps = {}
+    if args.tokens:
+        steps = steps_of(configs, args.tokens, args.out / "speeds.json")
+        for name in names:
+            if name not in steps:
+                failed[name] = "does not run, see above"
+
+    runnable = [name for name in names if name not in failed]
+    for seed in range(FIRST_SEED, FIRST_SEED + args.seeds):
+        for name in runnable:
+            own_words = words
+            if steps:
+                own_words = [*words, f"--max_steps={steps[name]}"]
+            if reason := finish_run(name, seed, own_words, args.out):
+                failed[name] = reason
+                print(f"{name}: {reason}", flush=True)
+            write_table(names, failed, args.out)
+    return failed
+
+
+# --------------------------------------------------------------------------------------------------
+# What the runs reached
+
+
+def first_crossing(curve, loss):
+    """Return the first x at which y is at most `loss`, on straight lines between points [(x, y)].
+
+    It is not a number if there is none.
+    """
+    x0, y0 = curve[0]
+    for x1, y1 in curve:
+        if y1 <= loss < y0:
+            return x1 - (x1 - x0) * (loss - y1) / (y0 - y1)
         if y1 <= loss:
-            return x1 - (x1 - x0) * (loss - y1) / (y0 - y1) if y0 > y1 else x1
+            return x1
+        x0, y0 = x1, y1
     return np.nan
 
 
-def result(folder, speed, goal, files):
-    """What a run reached, {column: number}, and the sha256 of the two files that make its val_loss; or None: unfinished.
+def read_run(folder, speed, reference):
+    """Return ({column: number}, the hashes that decide its val_loss) of a run, or None.
 
-    goal: a val_loss of the same `files`, of which to say when the run passed it; or both None.
+    None is for a run that is not finished. speed: relative to the first entry, or None.
+    reference: to say when the run passed its loss, or None.
     """
-    entries = checkpoint.read_log(folder / "log.jsonl")
-    evaluations = [e for e in entries if "val_loss" in e]
+    entries = read_log(folder / "log.jsonl")
+    evaluations = [entry for entry in entries if "val_loss" in entry]
     if not evaluations or evaluations[-1]["progress"] < 1:
         return None
-    config, last = json.loads((folder / "config.json").read_text()), evaluations[-1]
-    checkpoint.add_shares(entries, config)
-    own_files = config["tokenizer_sha256"], config["val_sha256"]
-    speeds = [e["tokens_per_s"] for e in entries if "tokens_per_s" in e]
+    config = read_json(folder / "config.json")
+    add_time_fraction(entries, config)
+    files = (config["tokenizer_sha256"], config["val_sha256"])
+    last = evaluations[-1]
+
+    # columns in the order of the table
     row = {"layers": config["n_layer"], "width": config["n_embd"], "val_loss": last["val_loss"]}
-    if own_files == files:
-        row["passed at"] = passes([(e["share"], e["val_loss"]) for e in evaluations], goal)
-    row |= {"M tokens": last["tokens"] / 1e6, "epochs": [e["epoch"] for e in entries if "epoch" in e][-1]}
-    row |= {"speed": speed} if speed else {"k tokens/s": np.median(speeds) / 1e3}
-    if (folder / "glue.json").exists():
-        scores = json.loads((folder / "glue.json").read_text())["rows"].get("run", {})
-        row |= {task: entry["median"] for task, entry in scores.items()}
-        if len(tasks := sorted(scores.keys() - {"wnli", "ax"})) > 1:
-            row[f"mean of {', '.join(tasks)}"] = np.mean([scores[task]["median"] for task in tasks])
-    return row, own_files
+    if reference and files == reference.files:
+        curve = [(entry["time_fraction"], entry["val_loss"]) for entry in evaluations]
+        row["passed at"] = first_crossing(curve, reference.loss)
+    row["M tokens"] = last["tokens"] / 1e6
+    row["epochs"] = [entry["epoch"] for entry in entries if "epoch" in entry][-1]
+    if speed:
+        row["speed"] = speed
+    else:
+        speeds = [entry["tokens_per_s"] for entry in entries if "tokens_per_s" in entry]
+        row["k tokens/s"] = np.median(speeds) / 1e3
+    return row | read_scores(folder), files
 
 
-def collect(names):
-    """{name: ({seed: row} of its runs, whether their val_loss compares with that of the first one with a run)}."""
-    found, goal, files, path = {}, None, None, Path(out) / "speeds.json"
-    relative = json.loads(path.read_text()) if path.exists() else {}
+def read_scores(folder):
+    """Return {task: median score} of a run, and their mean if there are two or more."""
+    path = folder / "glue.json"
+    if not path.exists():
+        return {}
+    entries = read_json(path)["rows"].get("run", {})
+    scores = {task: entry["median"] for task, entry in entries.items()}
+    tasks = sorted(scores.keys() - NOT_IN_MEAN)
+    if len(tasks) > 1:
+        scores[f"mean of {', '.join(tasks)}"] = np.mean([scores[task] for task in tasks])
+    return scores
+
+
+def read_entries(names, out):
+    """Return {name: Entry} of the runs in a folder."""
+    path = out / "speeds.json"
+    speeds = read_json(path) if path.exists() else {}
+    reference = None
+    entries = {}
     for name in names:
-        folders = {log.parent.name.removeprefix(f"{name}-"): log.parent for log in Path(out).glob(f"{name}-*/log.jsonl")}
-        speed = relative[name][0] / relative[names[0]][0] if {name, names[0]} <= relative.keys() else None
-        results = {int(seed): result(folders[seed], speed, goal, files) for seed in sorted(folders) if seed.isdigit()}
-        results = {seed: found for seed, found in results.items() if found}
-        rows = {seed: row for seed, (row, _) in results.items()}
-        if goal is None and results:
-            goal, files = np.mean([row["val_loss"] for row in rows.values()]), next(iter(results.values()))[1]
-        found[name] = rows, all(own_files == files for _, own_files in results.values())
-    return found
+        speed = None
+        if name in speeds and names[0] in speeds:
+            speed = speeds[name][0] / speeds[names[0]][0]
+
+        # the finished runs, by the number at the end of their names
+        rows = {}
+        files = []
+        for log in sorted(out.glob(f"{name}-*/log.jsonl")):
+            seed = log.parent.name.removeprefix(f"{name}-")
+            if seed.isdigit() and (found := read_run(log.parent, speed, reference)):
+                rows[int(seed)], run_files = found
+                files.append(run_files)
+
+        # the first entry that has some is what the others are compared with
+        if reference is None and rows:
+            reference = Reference(np.mean([row["val_loss"] for row in rows.values()]), files[0])
+        entries[name] = Entry(rows, all(own == reference.files for own in files))
+    return entries
 
 
-def cell(values, digits):
+# --------------------------------------------------------------------------------------------------
+# The table
+
+
+def mean_and_deviation(values, digits):
+    """Return 'mean ± standard deviation', or '-' if a value is not a number, or ''."""
     if not values:
         return ""
     if np.isnan(values).any():
         return "-"
-    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(set(values)) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{spread}"
+    text = f"{np.mean(values):.{digits}f}"
+    if len(set(values)) > 1:
+        text += f" ± {np.std(values, ddof=1):.{digits}f}"
+    return text
 
 
 def difference(pairs, digits):
-    """'mean [95 % interval], p' of how far the first of each pair is from the second, by Student's t."""
+    """Return 'mean [95 % interval], p' of first minus second of each pair, by Student's t."""
     gaps = -np.diff(pairs).flatten()
-    mean, error, freedom = gaps.mean(), stats.sem(gaps), len(gaps) - 1
+    mean = gaps.mean()
+    error = stats.sem(gaps)
+    freedom = len(gaps) - 1
     half = stats.t.ppf(0.975, freedom) * error
-    p = f", p = {2 * stats.t.sf(abs(mean) / error, freedom):.2g}" if error > 1e-9 else ""
-    return f"{mean:+.{digits}f} [{mean - half:+.{digits}f}, {mean + half:+.{digits}f}]{p}"
+    text = f"{mean:+.{digits}f} [{mean - half:+.{digits}f}, {mean + half:+.{digits}f}]"
+    if error > 1e-9:
+        text += f", p = {2 * stats.t.sf(abs(mean) / error, freedom):.2g}"
+    return text
 
 
-def differences(found, columns):
-    """Lines of a second Markdown table: how far each entry is from the first one, over the seeds that both have."""
-    (first, (reference, _)), *others = found.items()
-    measures, lines = [c for c in columns if c not in ABOUT], []
-    for name, (rows, comparable) in others:
-        both, cells = sorted(rows.keys() & reference.keys()), []
-        for c in measures:
-            pairs = [(rows[s][c], reference[s][c]) for s in both if c in rows[s] and c in reference[s]]
-            complete = len(pairs) == len(both) > 1 and (comparable or c != "val_loss")
-            cells.append(difference(pairs, DIGITS.get(c, 1)) if complete else "")
-        if any(cells):
-            lines.append(f"| {name} | {len(both)} | " + " | ".join(cells) + " |")
-    text = f"Against {first}, over the n seeds that both have; empty where one was not scored: mean of the differences "
-    text += "[its 95 % interval by Student's t], p of this one comparison."
-    head = ["| | n | " + " | ".join(measures) + " |", "|---" * (len(measures) + 2) + "|"]
-    return ["", text, "", *head, *lines] if lines else []
+def columns_of(entries):
+    """Return the columns of the table. The first entry lacks some, so begin with the last one."""
+    columns = {}
+    for entry in reversed(entries.values()):
+        for row in entry.rows.values():
+            columns |= dict.fromkeys(row)
+    return list(columns) or ["val_loss"]
 
 
-def report(names, failed):
-    """Writes and returns the Markdown tables: mean ± standard deviation over n pretraining seeds, and differences.
+def markdown(titles, rows):
+    """Return the lines of a Markdown table."""
+    lines = ["| | " + " | ".join(titles) + " |"]
+    lines.append("|---" * (len(titles) + 1) + "|")
+    for row in rows:
+        lines.append("| " + " | ".join(row) + " |")
+    return lines
 
-    Also {name: losses}.
-    """
-    found = collect(names)
-    every = [row for rows, _ in reversed(found.values()) for row in rows.values()]  # the first entry has not all columns
-    columns = list(dict.fromkeys(c for row in every for c in row)) or ["val_loss"]
-    lines = ["| | n | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
-    for name, (rows, comparable) in found.items():
-        cells = [cell([row[c] for row in rows.values() if c in row], DIGITS.get(c, 1)) for c in columns]
-        if rows and not comparable:
-            cells[columns.index("val_loss")] = f"({cells[columns.index('val_loss')]})"
-        lines.append(" | ".join([f"| {name}", f"{len(rows)}{', ' * (name in failed)}{failed.get(name, '')}", *cells]) + " |")
-    if not all(comparable for _, comparable in found.values()):
-        lines += ["", "In brackets: with another tokenizer or val.bin than the first row's; these val_loss do not compare."]
+
+def main_table(entries, columns, failed):
+    """Return the lines of the first table: the mean of each column over the seeds."""
+    rows = []
+    for name, entry in entries.items():
+        n = str(len(entry.rows))
+        if name in failed:
+            n += f", {failed[name]}"
+        cells = []
+        for column in columns:
+            values = [row[column] for row in entry.rows.values() if column in row]
+            text = mean_and_deviation(values, DIGITS.get(column, 1))
+            if column == "val_loss" and entry.rows and not entry.is_comparable:
+                text = f"({text})"
+            cells.append(text)
+        rows.append([name, n, *cells])
+    return markdown(["n", *columns], rows)
+
+
+def notes(entries, columns):
+    """Return the lines that explain the first table, as far as it needs them."""
+    lines = []
+    if not all(entry.is_comparable for entry in entries.values()):
+        lines.append(
+            "In brackets: with another tokenizer or val.bin than the first row's; these val_loss "
+            "do not compare."
+        )
     if "speed" in columns:
-        lines += ["", "Speed: tokens a second as a share of the first entry's, measured side by side before the runs."]
+        lines.append(
+            "Speed: tokens a second as a share of the first entry's, measured side by side before "
+            "the runs."
+        )
     if "passed at" in columns:
-        lines += ["", "Passed at: share of its time at which val_loss was the first entry's last (mean); - not in every run."]
-    lines += differences(found, columns)
+        lines.append(
+            "Passed at: share of its time at which val_loss was the first entry's last (mean); - "
+            "not in every run."
+        )
+    spaced = []
+    for line in lines:
+        spaced += ["", line]
+    return spaced
+
+
+def difference_table(entries, columns):
+    """Return the lines of the second table: how far each entry is from the first one.
+
+    Only the seeds that both have count. Without two such seeds there is no table.
+    """
+    (first, reference), *others = entries.items()
+    measures = [column for column in columns if column not in ABOUT]
+    rows = []
+    for name, entry in others:
+        seeds = sorted(entry.rows.keys() & reference.rows.keys())
+        cells = []
+        for column in measures:
+            pairs = []
+            for seed in seeds:
+                if column in entry.rows[seed] and column in reference.rows[seed]:
+                    pairs.append((entry.rows[seed][column], reference.rows[seed][column]))
+            is_complete = len(pairs) == len(seeds) > 1
+            if is_complete and (entry.is_comparable or column != "val_loss"):
+                cells.append(difference(pairs, DIGITS.get(column, 1)))
+            else:
+                cells.append("")
+        if any(cells):
+            rows.append([name, str(len(seeds)), *cells])
+    if not rows:
+        return []
+    text = (
+        f"Against {first}, over the n seeds that both have; empty where one was not scored: mean "
+        "of the differences [its 95 % interval by Student's t], p of this one comparison."
+    )
+    return ["", text, "", *markdown(["n", *measures], rows)]
+
+
+def write_table(names, failed, out):
+    """Write table.md. Return its text, and {name: [val_loss]} of the entries that compare."""
+    entries = read_entries(names, out)
+    columns = columns_of(entries)
+    lines = main_table(entries, columns, failed)
+    lines += notes(entries, columns)
+    lines += difference_table(entries, columns)
     text = "\n".join(lines) + "\n"
-    with replace_file(Path(out) / "table.md") as f:
+    with replace_file(out / "table.md") as f:
         f.write(text.encode())
-    return text, {name: [row["val_loss"] for row in rows.values()] for name, (rows, ok) in found.items() if rows and ok}
+
+    losses = {}
+    for name, entry in entries.items():
+        if entry.rows and entry.is_comparable:
+            losses[name] = [row["val_loss"] for row in entry.rows.values()]
+    return text, losses
 
 
-def main(names, extra):
-    # ends here if a word is wrong; a table can be of runs whose recipe is gone
-    configs = {} if table else {name: configure("sweep.py", words_of(name, extra)) for name in names}
-    if len({(config["budget_hours"], config["max_steps"]) for config in configs.values()}) > 1:
-        sys.exit("sweep.py: these recipes have different budgets; --budget_hours=H gives them the same")
-    for i, (name, config) in enumerate(configs.items()):
-        for other in list(configs)[:i]:
-            if not [k for k in config if config[k] != configs[other][k] and k not in ("out_dir", "dataset")]:
-                sys.exit(f"sweep.py: {name} and {other} are the same experiment here; leave one out")
-    Path(out).mkdir(parents=True, exist_ok=True)
-    steps = steps_of(configs) if tokens and not table else {}
-    failed = {name: "does not run, see above" for name in names if steps and name not in steps}
-    for seed in [] if table else range(1337, 1337 + seeds):
-        for name in [name for name in names if name in steps or not steps]:
-            if reason := run(name, seed, [*extra, *([f"--max_steps={steps[name]}"] if steps else [])]):
-                failed[name] = reason
-                print(f"sweep.py: {name}: {reason}", flush=True)
-            report(names, failed)
-    text, losses = report(names, failed)
+# --------------------------------------------------------------------------------------------------
+
+
+def parse(argv):
+    """Return the sweep's own arguments, and the words for the stages."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.sweep",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    number = {"type": int, "metavar": "N"}
+    parser.add_argument("names", nargs="+", metavar="NAME", help="recipes, or ablations of crammed")
+    parser.add_argument("--seeds", **number, default=1, help="runs of each entry (default: 1)")
+    parser.add_argument("--out", type=Path, default=Path("out/sweep"), help="folder of the runs")
+    parser.add_argument("--tokens", **number, default=0, help="in place of the clock (default: 0)")
+    parser.add_argument("--table", action="store_true", help="run nothing, only make the table")
+    args, words = parser.parse_known_intermixed_args(argv)
+
+    args.names = [Path(name).stem if name.endswith(".py") else name for name in args.names]
+    if args.seeds < 1:
+        raise Fault(f"seeds = {args.seeds} is outside [1, inf)")
+    if args.tokens < 0:
+        raise Fault(f"tokens = {args.tokens} is outside [0, inf)")
+    for word in words:
+        key = word.removeprefix("--").partition("=")[0]
+        if key in ("seed", "out_dir"):
+            raise Fault(
+                f"{key} is what the sweep itself sets; --seeds=2 means two seeds, --out=FOLDER "
+                "where all runs are"
+            )
+    return args, words
+
+
+def main(argv=None):
+    # what is wrong ends the sweep here; a table can be of runs whose recipe is gone
+    args, words = parse(argv)
+    configs = {}
+    if not args.table:
+        configs = resolve_entries(args.names, words)
+
+    # run what is missing
+    args.out.mkdir(parents=True, exist_ok=True)
+    failed = {}
+    if not args.table:
+        failed = run_all(args.names, configs, args, words)
+
+    # show what came out
+    text, losses = write_table(args.names, failed, args.out)
     print(text)
     if losses:
         try:
-            from plot import draw_losses
-
-            draw_losses(losses, Path(out) / "sweep.png")
-        except SystemExit as reason:  # no matplotlib
+            draw_losses(losses, args.out / "sweep.png")
+        except Fault as reason:  # no matplotlib
             print(reason)
     if failed:
-        sys.exit(
-            f"sweep.py: {len(failed)} of {len(names)} entries failed: {', '.join(failed)}; the same command tries them again"
+        raise Fault(
+            f"{len(failed)} of {len(args.names)} entries failed: {', '.join(failed)}; the same "
+            "command tries them again"
         )
 
 
 if __name__ == "__main__":
-    names = [Path(word).stem if word.endswith(".py") else word for word in sys.argv[1:] if not word.startswith("-")]
-    extra = []
-    for word in sys.argv[1:]:
-        key, _, value = word.removeprefix("--").partition("=")
-        if key in OWN and "=" in word:
-            globals()[key] = check(key, literal(value), *OWN[key])
-        elif key in ("seed", "out_dir"):
-            sys.exit(
-                f"sweep.py: {key} is what the sweep itself sets; --seeds=2 means two seeds, --out=FOLDER where all runs are"
-            )
-        elif word.startswith("-"):
-            extra.append(word)
-    if not names or {"--help", "-h"} & set(extra):
-        sys.exit(__doc__.strip())
-    try:
-        main(names, extra)
-    except KeyboardInterrupt:
-        sys.exit("sweep.py: interrupted; the same command continues")
-    except OSError as e:
-        sys.exit(f"sweep.py: {e.strerror or e}: {e.filename or out}")
+    run_script(main, kept=SAME_COMMAND)

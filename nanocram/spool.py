@@ -1,0 +1,222 @@
+"""Keep all documents in one file, the spool, while prepare.py reads them more than once.
+
+The sources are read only once, into the spool. Meanwhile the documents with the smallest content
+hashes are held out for validation. Later reads of the spool leave them and their exact copies out,
+since a document is held out if its hash is not above that of the last one held out.
+"""
+
+import hashlib
+import heapq
+import shutil
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from nanocram.faults import Fault
+
+BLOCK = 1 << 24  # bytes of the spool that are read at a time
+MAX_DOCUMENT = 1_000_000  # characters; a longer text is cut into several documents
+
+
+def cut_text(text, size):
+    """Yield the parts of a text, each of at most `size` characters.
+
+    A cut is at white space, which no token spans, or anywhere if there is no white space.
+    """
+    start = 0
+    while len(text) - start > size:
+        last_space = text.rfind(" ", start + 1, start + size)
+        last_newline = text.rfind("\n", start + 1, start + size)
+        cut = max(last_space, last_newline)
+        if cut < 0:
+            cut = start + size
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
+
+
+def require_disk(folder, n_chars):
+    """Raise Fault if the disk has too little space to prepare a text.
+
+    The text and its tokens are there at the same time, and a small vocabulary makes the tokens as
+    large as the text; later the tokens are there twice.
+    """
+    need = 2 * n_chars
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise Fault(
+            f"{need / 1e9:.1f} GB of disk are needed, {free / 1e9:.1f} GB are free; lower max_chars"
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# Documents that are held out
+
+
+def digest(data):
+    """Return a hash of bytes, an integer of 64 bits that is the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
+
+
+class Held(NamedTuple):
+    """A document, or a row, that is held out."""
+
+    hash: int
+    data: bytes  # a text in UTF-8, or the token ids of a row
+    label: str  # the package, if it is documentation
+
+    @property
+    def text(self):
+        return self.data.decode()
+
+
+class SmallestHashes:
+    """Keep the items with the smallest content hashes until they weigh `budget`.
+
+    The choice depends on the contents only, not on their order. Equal contents count once, and
+    `weight` is the sum of the weights of what is kept.
+    """
+
+    def __init__(self, budget):
+        self.budget = budget
+        self.weight = 0
+        self.hashes = set()
+        self.heap = []  # of (-hash, weight, data, label), so that the largest hash is on top
+
+    def add(self, data, weight, label=""):
+        """Add an item, and drop the largest hashes while the others weigh enough."""
+        h = digest(data)
+        if h in self.hashes:
+            return
+        heapq.heappush(self.heap, (-h, weight, data, label))
+        self.hashes.add(h)
+        self.weight += weight
+
+        # the budget may be exceeded by less than the last item
+        while self.weight - self.heap[0][1] >= self.budget:
+            dropped, dropped_weight, _, _ = heapq.heappop(self.heap)
+            self.hashes.discard(-dropped)
+            self.weight -= dropped_weight
+
+    def sorted(self):
+        """Return what is kept as a list of Held, the smallest hash first."""
+        return sorted(Held(-negative, data, label) for negative, _, data, label in self.heap)
+
+
+# --------------------------------------------------------------------------------------------------
+# A spool of texts, each followed by a NUL byte
+
+
+def clean_text(text, counts):
+    """Return a text without NUL and outer white space, and count what is wrong with it.
+
+    The result is empty if this is no text, or if nothing is left of it.
+    """
+    if not isinstance(text, str):
+        counts["rows without text"] += 1
+        return ""
+    text = text.replace("\0", "").strip()
+
+    # JSON can hold lone surrogates, which no file can
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        counts["documents with lone surrogates"] += 1
+        text = text.encode("utf-8", "replace").decode()
+
+    # what is left, and whether decoding has put a replacement character into it
+    if not text:
+        counts["empty documents"] += 1
+    if "\ufffd" in text:
+        counts["documents with broken UTF-8"] += 1
+    return text
+
+
+def write_spool(path, documents, budget, max_chars, expected_chars, counts):
+    """Write documents to a spool. Return those that are held out, the smallest hash first.
+
+    documents: pairs of (text, label).
+    budget: characters to hold out.
+    max_chars: characters after which to stop, 0 = never.
+    expected_chars: characters that the documents have, for the progress bar; 0 if unknown.
+    """
+    held = SmallestHashes(budget)
+    total = expected_chars or None
+    bar = tqdm(desc="reading", total=total, unit=" chars", unit_scale=True, disable=None)
+    with open(path, "wb") as f, bar:
+        for text, label in documents:
+            text = clean_text(text, counts)
+            if not text:
+                continue
+
+            # a part counts as a document of its own
+            for part in cut_text(text, MAX_DOCUMENT):
+                counts["documents"] += 1
+                counts["characters"] += len(part)
+                bar.update(len(part))
+                data = part.encode()
+                f.write(data + b"\0")
+                held.add(data, len(part), label)
+
+            if max_chars and counts["characters"] >= max_chars:
+                break
+    return held.sorted()
+
+
+def read_spool(path, cutoff):
+    """Yield the texts of a spool whose hash is above `cutoff`, which those held out are not."""
+    rest = b""  # the beginning of a document that the next block continues
+    with open(path, "rb") as f:
+        while block := f.read(BLOCK):
+            *documents, rest = (rest + block).split(b"\0")
+            for document in documents:
+                if digest(document) > cutoff:
+                    yield document.decode()
+
+
+# --------------------------------------------------------------------------------------------------
+# A spool of rows that are tokenized already, each seq_len ids of two bytes
+
+
+def split_rows(work, documents, seq_len, vocab_size, val_rows, counts):
+    """Write rows to work/val.bin if they are held out, and to work/unordered if not.
+
+    documents: pairs of (list of seq_len token ids, label). Raise Fault for a row that does not fit.
+    """
+    # write all rows to a spool, and hold out those with the smallest hashes
+    held = SmallestHashes(val_rows)
+    with open(work / "spool", "wb") as f:
+        for row, _ in tqdm(documents, "reading", unit=" rows", unit_scale=True, disable=None):
+            if not isinstance(row, list) or not all(type(i) is int for i in row):
+                counts["rows without token ids"] += 1
+                continue
+            require_fit(row, seq_len, vocab_size)
+            data = np.array(row, np.uint16).tobytes()
+            f.write(data)
+            held.add(data, 1)
+
+    # validation
+    validation = held.sorted()
+    if len(validation) < val_rows:
+        n = len(validation)
+        raise Fault(f"the sources have {n} different rows, too few for val_rows = {val_rows}")
+    with open(work / "val.bin", "wb") as f:
+        f.writelines(row.data for row in validation)
+
+    # training
+    cutoff = validation[-1].hash
+    with open(work / "spool", "rb") as spool, open(work / "unordered", "wb") as f:
+        while data := spool.read(2 * seq_len):
+            if digest(data) > cutoff:
+                f.write(data)
+                counts["tokens"] += seq_len
+
+
+def require_fit(row, seq_len, vocab_size):
+    """Raise Fault if a row has another length, or ids that the tokenizer does not have."""
+    if len(row) != seq_len:
+        raise Fault(f"a row of the source has {len(row)} tokens, not seq_len = {seq_len}")
+    if min(row) < 0 or max(row) >= vocab_size:
+        limits = f"[0, {vocab_size})"
+        raise Fault(f"a row of the source has an id outside {limits}, the tokenizer's")

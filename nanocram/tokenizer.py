@@ -1,0 +1,367 @@
+"""Train a vocabulary, load one, and turn text into token ids.
+
+A tokenizer has three parts: the normaliser changes the characters (lower case, no accents), the
+pre-tokenizer splits a text into words, and the model splits a word into entries of the vocabulary.
+"""
+
+import json
+import os
+import sys
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+
+from nanocram.faults import Fault, one_line
+from nanocram.spool import MAX_DOCUMENT, cut_text
+
+SPECIAL_TOKENS = ["<pad>", "<unk>", "<cls>", "<sep>", "<mask>"]  # their ids are 0 to 4
+NON_ASCII = r"[^\x00-\x7F]+"
+MAX_IDS = 65536  # what fits into uint16
+BATCH_CHARS = 1 << 20  # characters of documents that are tokenized together
+PIECE_CHARS = 2000  # characters of a document that are tokenized at a time; the time grows with it
+THREADS = 3  # batches in work, so that the cores stay busy while ids are made into arrays
+
+
+# --------------------------------------------------------------------------------------------------
+# Special tokens
+
+
+def special_token(tokenizer, name):
+    """Return what a tokenizer calls its pad, unk, cls, sep or mask, or None if it has none.
+
+    The paper has <mask>, BERT has [MASK].
+    """
+    for token in (f"<{name}>", f"[{name.upper()}]"):
+        if tokenizer.token_to_id(token) is not None:
+            return token
+    return None
+
+
+def special_ids(tokenizer):
+    """Return {"pad", "unk", "cls", "sep", "mask": id}. Raise Fault if one of them is missing."""
+    ids = {}
+    for name in ("pad", "unk", "cls", "sep", "mask"):
+        token = special_token(tokenizer, name)
+        if token is None:
+            raise Fault(f"the tokenizer has neither <{name}> nor [{name.upper()}]")
+        ids[name] = tokenizer.token_to_id(token)
+    return ids
+
+
+def vocab_size_of(tokenizer):
+    """Return the largest id plus one. A given vocabulary may have holes, so its size is less."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+# --------------------------------------------------------------------------------------------------
+# Load
+
+
+def load_tokenizer(path):
+    """Return the tokenizer of a tokenizer.json: a file, or owner/dataset/path on the hub.
+
+    Raise Fault if it cannot be read, has too many ids, or lacks a special token.
+    """
+    # read it
+    try:
+        file = os.path.expanduser(path)
+        if is_on_the_hub(file):
+            file = download(file)
+        tokenizer = Tokenizer.from_file(file)
+    except Exception as e:  # tokenizers raises nothing more special
+        raise Fault(f"the tokenizer {str(path)!r} cannot be read: {one_line(e)}") from e
+
+    # check it now, not after hours of work
+    size = vocab_size_of(tokenizer)
+    if size > MAX_IDS:
+        raise Fault(f"{path} has {size:,} ids; those over {MAX_IDS - 1:,} do not fit into uint16")
+    try:
+        special_ids(tokenizer)
+    except Fault as e:
+        raise Fault(f"{path}: {e}") from None
+
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def is_on_the_hub(path):
+    """Return whether a path is owner/dataset/path: deep enough, and not in a local folder."""
+    first = path.split("/")[0] or "/"
+    return path.count("/") >= 2 and not os.path.exists(first)
+
+
+def download(path):
+    """Return the local copy of a file on the hub, owner/dataset/path."""
+    from huggingface_hub import hf_hub_download
+
+    owner, dataset, inside = path.split("/", 2)
+    return hf_hub_download(f"{owner}/{dataset}", inside, repo_type="dataset")
+
+
+# --------------------------------------------------------------------------------------------------
+# Train
+
+
+def train_tokenizer(sample, kind, vocab_size, lowercase, strip_accents, ascii_only):
+    """Train the paper's tokenizer [repo], or another one.
+
+    sample: a function that returns an iterator over texts, the same ones each time.
+    kind: wordpiece as in the paper, bpe or unigram.
+    """
+    normalizer = make_normalizer(lowercase, strip_accents, ascii_only)
+
+    # The commonest characters are entries of their own, at most a quarter of the vocabulary. Texts
+    # with others (Wikipedia has thousands) are trained on with a space in their place.
+    counts = count_characters(sample())
+    alphabet = common_characters(counts, normalizer, vocab_size // 4)
+    rare = rare_characters(counts, normalizer, alphabet)
+    texts = sample()
+    if rare:
+        texts = (text.translate(rare) for text in texts)
+
+    if kind == "wordpiece":
+        tokenizer = train_wordpiece(texts, normalizer, alphabet, vocab_size)
+    elif kind == "bpe":
+        tokenizer = train_bpe(texts, normalizer, alphabet, vocab_size)
+    else:
+        tokenizer = train_unigram(texts, normalizer, alphabet, vocab_size)
+
+    # a small corpus has too few different words
+    size = tokenizer.get_vocab_size()
+    if size != vocab_size:
+        hint = "; ascii_only=True drops all other scripts" if ascii_only else ""
+        raise Fault(
+            f"the corpus is too small for vocab_size = {vocab_size}: it gives {size} entries; "
+            f"set vocab_size to {size} or less, or add text{hint}"
+        )
+
+    # what encode() puts around a text, or a pair of texts, unless told not to
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<cls> $A <sep>",
+        pair="<cls> $A <sep> $B:1 <sep>:1",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("<cls>", "<sep>")],
+    )
+    return tokenizer
+
+
+def make_normalizer(lowercase, strip_accents, ascii_only):
+    """Return the normaliser: plain quotes, Unicode form, then what is asked for."""
+    steps = [normalizers.Replace("``", '"'), normalizers.Replace("''", '"')]
+
+    # NFD splits é into e and an accent, which can then be stripped
+    if strip_accents:
+        steps.append(normalizers.NFD())
+    else:
+        steps.append(normalizers.NFKC())
+    if lowercase:
+        steps.append(normalizers.Lowercase())
+    if strip_accents:
+        steps.append(normalizers.StripAccents())
+
+    steps.append(normalizers.Replace(Regex(" {2,}"), " "))
+    if ascii_only:
+        steps.append(normalizers.Replace(Regex(NON_ASCII), ""))
+    return normalizers.Sequence(steps)
+
+
+def count_characters(texts):
+    """Return {character: how often it occurs}."""
+    n = np.zeros(sys.maxunicode + 1, np.int64)
+    for batch in batches(texts):
+        codes = np.frombuffer("".join(batch).encode("utf-32-le"), np.uint32)
+        n += np.bincount(codes, minlength=len(n))
+    return {chr(code): int(n[code]) for code in np.flatnonzero(n)}
+
+
+def common_characters(counts, normalizer, size):
+    """Return the `size` commonest characters of the normalised text, sorted, without white space.
+
+    counts: {character: how often it occurs} in the text as it is.
+    """
+    normalized = Counter('"')  # what `` and '' become
+    for character, n in counts.items():
+        for c in set(normalizer.normalize_str(character)):
+            if not c.isspace():
+                normalized[c] += n
+    by_frequency = sorted(normalized, key=lambda c: (-normalized[c], c))
+    return sorted(by_frequency[:size])
+
+
+def rare_characters(counts, normalizer, alphabet):
+    """Return a table for str.translate: a space for characters that the alphabet cannot write."""
+    common = set(alphabet)
+    table = {}
+    for character in counts:
+        form = normalizer.normalize_str(character)
+        if any(c not in common and not c.isspace() for c in form):
+            table[ord(character)] = " "
+    return table
+
+
+def train_wordpiece(texts, normalizer, alphabet, vocab_size):
+    """Train the paper's kind of vocabulary. A token inside a word begins with ##."""
+    # The trainer numbers "##c" in the order of a hash table, and ties between merges follow these
+    # numbers. As special tokens in sorted order they make the vocabulary the same in each run.
+    trained = Tokenizer(models.WordPiece(unk_token="<unk>"))
+    trained.normalizer = normalizer
+    trained.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL_TOKENS + [f"##{c}" for c in alphabet],
+        show_progress=sys.stderr.isatty(),
+    )
+    trained.train_from_iterator(texts, trainer)
+
+    # the tokenizer proper has the same vocabulary, but only our five as special tokens
+    tokenizer = Tokenizer(models.WordPiece(vocab=trained.get_vocab(), unk_token="<unk>"))
+    tokenizer.add_special_tokens(SPECIAL_TOKENS)
+    tokenizer.normalizer = trained.normalizer
+    tokenizer.pre_tokenizer = trained.pre_tokenizer
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
+    return tokenizer
+
+
+def train_bpe(texts, normalizer, alphabet, vocab_size):
+    """Train byte-pair encoding, an ablation of the paper."""
+    tokenizer = with_word_marks(Tokenizer(models.BPE(unk_token="<unk>")), normalizer)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=alphabet,
+        show_progress=sys.stderr.isatty(),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def train_unigram(texts, normalizer, alphabet, vocab_size):
+    """Train a unigram language model of word pieces, an ablation of the paper."""
+    tokenizer = with_word_marks(Tokenizer(models.Unigram()), normalizer)
+    trainer = trainers.UnigramTrainer(
+        unk_token="<unk>",
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=alphabet,
+        show_progress=sys.stderr.isatty(),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+
+    # The scores are sums in the order of a hash table, so their last digits differ between runs.
+    # Rounded and sorted they are the same.
+    vocabulary = json.loads(tokenizer.to_str())["model"]["vocab"]
+    entries = [(token, round(score, 3)) for token, score in vocabulary]
+    special = entries[: len(SPECIAL_TOKENS)]
+    others = sorted(entries[len(SPECIAL_TOKENS) :], key=lambda entry: (-entry[1], entry[0]))
+    tokenizer.model = models.Unigram(special + others, unk_id=SPECIAL_TOKENS.index("<unk>"))
+    return tokenizer
+
+
+def with_word_marks(tokenizer, normalizer):
+    """Give a tokenizer a normaliser, and words of which the first token begins with a "▁"."""
+    tokenizer.normalizer = normalizer
+    words = [pre_tokenizers.Whitespace(), pre_tokenizers.Metaspace()]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words)
+    tokenizer.decoder = decoders.Metaspace()
+    return tokenizer
+
+
+# --------------------------------------------------------------------------------------------------
+# Encode
+
+
+def encode_ahead(tokenizer, texts):
+    """Yield (text, its token ids as a uint16 array) for each text, several batches ahead."""
+    for_ascii = ascii_tokenizer(tokenizer)
+    piece = PIECE_CHARS if splits_at_spaces(tokenizer) else MAX_DOCUMENT
+    jobs = deque()
+    with ThreadPoolExecutor(THREADS) as pool:
+        for batch in batches(texts):
+            jobs.append((batch, pool.submit(encode, tokenizer, for_ascii, piece, batch)))
+            if len(jobs) > THREADS:
+                done, job = jobs.popleft()
+                yield from zip(done, job.result())
+        for batch, job in jobs:
+            yield from zip(batch, job.result())
+
+
+def batches(texts):
+    """Yield lists of texts that have about BATCH_CHARS characters together."""
+    batch = []
+    n_chars = 0
+    for text in texts:
+        batch.append(text)
+        n_chars += len(text)
+        if n_chars >= BATCH_CHARS:
+            yield batch
+            batch = []
+            n_chars = 0
+    if batch:
+        yield batch
+
+
+def encode(tokenizer, for_ascii, piece, texts):
+    """Return the token ids of each text, a list of uint16 arrays without special tokens.
+
+    for_ascii: ascii_tokenizer(tokenizer).
+    piece: characters after which a text is cut.
+    """
+    # cut the texts into pieces, and remember of which text each one is
+    pieces = []
+    owners = []
+    for i, text in enumerate(texts):
+        for part in cut_text(text, piece):
+            pieces.append(part)
+            owners.append(i)
+
+    # encode the pieces in ASCII with the faster tokenizer
+    encodings = [None] * len(pieces)
+    for encoder, takes_ascii in ((for_ascii, True), (tokenizer, False)):
+        chosen = [k for k, part in enumerate(pieces) if part.isascii() == takes_ascii]
+        found = encoder.encode_batch_fast([pieces[k] for k in chosen], add_special_tokens=False)
+        for k, encoding in zip(chosen, found):
+            encodings[k] = encoding
+
+    # join the ids of each text
+    ids = [[] for _ in texts]
+    for i, encoding in zip(owners, encodings):
+        ids[i].append(np.array(encoding.ids, np.uint16))
+    return [np.concatenate(arrays) for arrays in ids]
+
+
+def ascii_tokenizer(tokenizer):
+    """Return a tokenizer that does the same for ASCII text, in about two thirds of the time.
+
+    It lacks the steps of the normaliser that leave ASCII text as it is.
+    """
+    spec = json.loads(tokenizer.to_str())
+    steps = (spec["normalizer"] or {}).get("normalizers", [])
+
+    # other steps that mention a character outside ASCII could make one out of ASCII text
+    stays_ascii = json.dumps([steps, spec["added_tokens"]], ensure_ascii=False).isascii()
+    if stays_ascii:
+        idle = [{"type": kind} for kind in ("NFC", "NFD", "NFKC", "NFKD", "StripAccents")]
+        idle.append({"type": "Replace", "pattern": {"Regex": NON_ASCII}, "content": ""})
+        steps[:] = [step for step in steps if step not in idle]
+
+    plain = Tokenizer.from_str(json.dumps(spec))
+    plain.encode_special_tokens = tokenizer.encode_special_tokens
+    return plain
+
+
+def splits_at_spaces(tokenizer):
+    """Return whether white space ends every token, so that a text may be cut there."""
+    spec = json.loads(tokenizer.to_str())["pre_tokenizer"] or {"type": None}
+    first = spec.get("pretokenizers", [spec])[0]
+    return first["type"] in ("Whitespace", "WhitespaceSplit", "BertPreTokenizer")

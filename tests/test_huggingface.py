@@ -1,0 +1,155 @@
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+from test_finetune_glue import SMALL, glue  # noqa: F401
+from transformers import BertConfig, BertForMaskedLM, BertModel
+
+from model import BERT, Classifier
+from nanocram.faults import Fault
+from nanocram.huggingface import from_hf, load_bert, to_hf
+
+WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] . bal dem fal gol fin dar".split() + [
+    f"w{i}" for i in range(38)
+]
+
+
+def their_bert(folder, kind=BertForMaskedLM, **save):
+    """A small random BERT, no parameter of which is 0 or 1, saved as transformers saves it."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=40,
+    )
+    model = kind(config).eval()
+    for p in model.parameters():
+        p.data += torch.randn_like(p) * 0.1
+    model.save_pretrained(folder, **save)
+    Path(folder, "vocab.txt").write_text("\n".join(WORDS))
+    return model
+
+
+def our_bert(folder):
+    config, weights, *_ = load_bert(folder)
+    model = BERT(config).eval()
+    model.load_state_dict(weights)
+    return model
+
+
+def batch():
+    ids, lengths = torch.randint(5, 50, (3, 20)), torch.tensor([20, 13, 4])
+    mask = torch.arange(20) < lengths[:, None]
+    types = (torch.arange(20) >= lengths[:, None] // 2).long() * mask
+    return ids, mask, types
+
+
+def test_logits_and_gradients_equal_those_of_transformers(tmp_path):
+    theirs, ours = their_bert(tmp_path), our_bert(tmp_path)
+    ids, mask, types = batch()
+    expected = theirs(ids, attention_mask=mask.long(), token_type_ids=types).logits
+    logits = ours.logits(ours.encode(ids, mask, types))
+    assert torch.allclose(logits[mask], expected[mask], atol=1e-5)
+    labels = torch.randint(50, (int(mask.sum()),))
+    for out in (logits, expected):
+        torch.nn.functional.cross_entropy(out[mask], labels).backward()
+    gradients = from_hf({n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}, 2)
+    assert gradients.keys() == dict(ours.named_parameters()).keys()
+    for name, p in ours.named_parameters():
+        assert torch.allclose(p.grad, gradients[name], atol=1e-5), name
+
+
+def test_the_encoder_equals_bert_model(tmp_path):
+    theirs, ours = their_bert(tmp_path, BertModel), our_bert(tmp_path)
+    ids, mask, types = batch()
+    out = theirs(ids, attention_mask=mask.long(), token_type_ids=types)
+    assert torch.allclose(
+        ours.encode(ids, mask, types)[mask], out.last_hidden_state[mask], atol=1e-5
+    )
+    pooler = load_bert(tmp_path)[3]
+    model = Classifier(ours, 2, pooler_width=32).eval()
+    model.pooler.load_state_dict(pooler)
+    pooled = torch.tanh(model.pooler(ours.encode(ids, mask, types)[:, 0]))
+    assert torch.allclose(pooled, out.pooler_output, atol=1e-5)
+
+
+def test_names_map_back_and_forth(tmp_path):
+    theirs = their_bert(tmp_path)
+    state = theirs.state_dict()
+    back = to_hf(from_hf(state, 2), 2)
+    tied = {
+        "cls.predictions.decoder.weight",
+        "cls.predictions.decoder.bias",
+        "bert.embeddings.position_ids",
+    }
+    assert back.keys() == state.keys() - tied and all(torch.equal(back[k], state[k]) for k in back)
+    first = {
+        k.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): v
+        for k, v in state.items()
+    }
+    assert from_hf(first, 2).keys() == from_hf(state, 2).keys()
+
+
+def test_bin_files_load_and_run_no_code(tmp_path):
+    theirs = their_bert(tmp_path)
+    expected = our_bert(tmp_path).state_dict()
+    os.remove(tmp_path / "model.safetensors")
+    torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
+    assert all(torch.equal(v, expected[k]) for k, v in our_bert(tmp_path).state_dict().items())
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "pwned"),)
+
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(Fault, match="no complete BERT"):
+        load_bert(tmp_path)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_tokenizer_from_vocab_txt(tmp_path):
+    their_bert(tmp_path)
+    tokenizer = load_bert(tmp_path)[2]
+    assert tokenizer.encode("Bal dem?").tokens == ["[CLS]", "bal", "dem", "[UNK]", "[SEP]"]
+
+
+def test_a_bert_is_scored_under_the_same_protocol(run, glue, home):  # noqa: F811
+    their_bert(home / "bert")
+    message, output = run(
+        "finetune_glue.py",
+        *TINY,
+        *SMALL,
+        "--tasks=cola,rte",
+        "--glue_init=bert",
+        "--out_dir=out/eval",
+    )
+    assert message is None, message
+    assert "| bert |" in output and "starts from pretrained weights" in output
+
+
+def test_what_is_no_bert_is_refused_in_one_line(tmp_path):
+    cases = []
+    their_bert(tmp_path / "a")
+    text = (tmp_path / "a/config.json").read_text()
+    (tmp_path / "a/config.json").write_text(text.replace('"bert"', '"roberta"'))
+    cases.append((tmp_path / "a", "is a roberta"))
+    their_bert(tmp_path / "b")
+    os.remove(tmp_path / "b/model.safetensors")
+    cases.append((tmp_path / "b", "no complete BERT"))
+    for name, file in {"c": "model.safetensors", "d": "tokenizer.json"}.items():
+        their_bert(tmp_path / name)
+        (tmp_path / name / file).write_bytes(b"version https://git-lfs")
+        cases.append((tmp_path / name, "no complete BERT"))
+    cases.append(("no/such-model", "is no folder, and the hub gives"))
+    for source, expected in cases:
+        with pytest.raises(Fault) as e:
+            load_bert(source)
+        assert expected in str(e.value) and "\n" not in str(e.value)

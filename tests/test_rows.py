@@ -1,0 +1,115 @@
+"""Tests of nanocram/rows.py: deduplication and training orders against their definitions."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY, sentences
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_prepare import bins
+
+from nanocram import rows
+
+
+@pytest.mark.parametrize(
+    "order", ["sentence_length", "fragment", "word_length", "unigram", "reverse_unigram"]
+)
+def test_orders(run, order):
+    """Each order's key, computed here from its definition, goes one way down the file."""
+    assert run("prepare.py", *TINY, f"--order={order}")[0] is None
+    train, _, meta, tokenizer = bins()
+    counts = np.bincount(train.ravel(), minlength=meta["vocab_size"]) + 1
+    keys = {
+        "sentence_length": lambda r: -np.sum(r == tokenizer.token_to_id(".")),
+        "fragment": lambda r: -np.sum(r == 3),
+        "word_length": lambda r: sum(
+            len(t.removeprefix("##")) + (not t.startswith("##"))
+            for t in map(tokenizer.id_to_token, r)
+        ),
+        "unigram": lambda r: np.mean(np.log2(counts[r] / counts.sum())),
+        "reverse_unigram": lambda r: -np.mean(np.log2(counts[r] / counts.sum())),
+    }
+    values = np.array([keys[order](r) for r in train])
+    assert (np.diff(values) >= -1e-9).all() and len(set(values.round(6))) > 2
+    assert run("prepare.py", *TINY, f"--order={order}", "--dataset=cut", "--max_rows=50")[0] is None
+    assert (bins("cut")[0] == train[:50]).all()
+
+
+def repeated_by_definition(tokens, n, sep):
+    mark, seen = [False] * len(tokens), {}
+    for i in range(len(tokens) - n + 1):
+        run = tuple(tokens[i : i + n])
+        if sep in run:
+            continue
+        if i >= seen.setdefault(run, i) + n:
+            mark[i : i + n] = [True] * n
+    return mark
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 3), max_size=60), st.integers(1, 7), st.booleans())
+def test_repeats_against_their_definition(tokens, n, collide):
+    """With a hash that is right, and with one that is the same for every run; in blocks of 7."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows, "CHUNK", 7)
+        if collide:
+            same = lambda tokens, n: np.zeros(len(tokens) - n + 1, np.uint64)  # noqa: E731
+            patch.setattr(rows, "window_hashes", same)
+        mark = rows.repeated(np.array(tokens, np.uint16), n, 3)
+    assert mark.tolist() == repeated_by_definition(tokens, n, 3) or len(tokens) <= n
+
+
+def test_window_hashes_differ_where_windows_do():
+    tokens = np.random.default_rng(0).integers(0, 3, 3000).astype(np.uint16)
+    for n in (1, 2, 3, 5, 8, 18):
+        windows = {}
+        for i, h in enumerate(rows.window_hashes(tokens, n).tolist()):
+            assert windows.setdefault(h, tuple(tokens[i : i + n])) == tuple(tokens[i : i + n])
+        assert len(windows) == len({tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)})
+
+
+def test_deduplication_of_a_corpus(run):
+    paragraph = sentences(1, seed=99)[0] * 3
+    documents = [f"{d}\n{paragraph}" if i % 4 == 0 else d for i, d in enumerate(sentences(400))]
+    Path("text.txt").write_text("\n\n".join(documents))
+    assert run("prepare.py", *TINY)[0] is None
+    message, output = run("prepare.py", *TINY, "--dataset=b", "--dedup_tokens=24")
+    assert message is None and "tokens dropped as repeats" in output, message
+    (train, _, a, tokenizer), (less, _, b, _) = bins(), bins("b")
+    assert a["sha256"]["val"] == b["sha256"]["val"]
+    n = len(tokenizer.encode(paragraph, add_special_tokens=False).ids)
+    dropped = b["counts"]["tokens dropped as repeats"]
+    assert 0.6 * 100 * n < dropped < 1.6 * 100 * n and len(train) - len(less) == pytest.approx(
+        dropped / 32, abs=2
+    )
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 50), st.integers(2, 400), st.randoms())
+def test_rows_are_written_in_their_order_whatever_the_buckets(
+    tmp_path_factory, n, width, keep, bucket, rng
+):
+    table = np.arange(n * width, dtype=np.uint16).reshape(n, width)
+    permutation = np.array(rng.sample(range(n), n)[: keep or None])
+    path = tmp_path_factory.mktemp("order") / "train.bin"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows, "BUCKET", bucket)
+        patch.setattr(rows, "CHUNK", 7)
+        patch.setattr(rows, "ROWS", 5)
+        sha, counts = rows.write_ordered(table, permutation, path)
+    assert (np.fromfile(path, np.uint16).reshape(-1, width) == table[permutation]).all()
+    assert (
+        sha == hashlib.sha256(path.read_bytes()).hexdigest()
+        and counts.sum() == table[permutation].size
+    )
+    assert [p.name for p in path.parent.iterdir()] == ["train.bin"]
+
+
+def test_ties_are_shuffled():
+    table = np.repeat(np.array([[1], [0], [2]], np.uint16), 500, axis=0)
+    order = rows.training_order(table, np.array([-1.5, 0.0, 2.0]), 0)
+    assert (np.diff(table[order, 0].astype(int)) >= 0).all() and sorted(order) == list(range(1500))
+    for part in np.split(order, 3):
+        assert abs(np.corrcoef(part, range(500))[0, 1]) < 0.15
