@@ -265,29 +265,34 @@ class SelfAttention(nn.Module):
 
 
 class FourierMixing(nn.Module):
-    """A Fourier transform over tokens and channels (Lee-Thorp et al. 2021), without any weights.
+    """A Fourier transform over tokens and channels (Lee-Thorp et al. 2021), and a linear layer.
 
-    It ignores the mask: padding is mixed in.
+    As in [repo] the transform is orthonormal, so that its output is as large as its input. The
+    paper's own is not, and has no linear layer. It ignores the mask: padding is mixed in.
     """
 
     replaces_feed_forward = False
 
     def __init__(self, config):
         super().__init__()
+        self.out = Linear(config.n_embd, config.n_embd, config.bias)
 
     def forward(self, x, mask, rotary, first_values, value_scale):
-        mixed = torch.fft.fft2(x.float()).real
-        return mixed.to(x.dtype), first_values
+        mixed = torch.fft.fft2(x.float(), norm="ortho").real
+        return self.out(mixed.to(x.dtype)), first_values
 
     @staticmethod
     def multiply_adds(config, seq_len):
-        return 0  # the transform is not counted
+        return config.n_embd**2  # of the linear layer; the transform is not counted
 
 
 class GatedAttentionUnit(nn.Module):
-    """The quadratic form of Hua et al. 2022, with a single head: (gate * relu^2(q k^T / T) v) W.
+    """The quadratic form of Hua et al. 2022: (gate * relu^2(q k^T / n + b) v) W, with one head.
 
-    The gate makes it attention and feed-forward layer in one.
+    The gate makes it attention and feed-forward layer in one. n is the number of real tokens in the
+    row, so that padding changes nothing. b is learned, one number for each distance between two
+    tokens: 2 * max_len - 1 numbers. At first q k^T / n is close to zero, and its square vanishes.
+    Without b the unit would never begin to learn. [repo] has no b.
     """
 
     replaces_feed_forward = True
@@ -302,6 +307,7 @@ class GatedAttentionUnit(nn.Module):
         scale = torch.empty(2 * width).normal_(std=0.02)
         self.qk_scale = nn.Parameter(scale)
         self.qk_offset = nn.Parameter(torch.zeros(2 * width))
+        self.distance_bias = nn.Parameter(torch.empty(2 * config.max_len - 1).normal_(std=0.02))
         self.up = Linear(D, config.n_inner, config.bias)
         self.down = Linear(config.n_inner // 2, D, config.bias)
 
@@ -319,13 +325,16 @@ class GatedAttentionUnit(nn.Module):
             q = rotate(q, *rotary)
             k = rotate(k, *rotary)
 
-        # weights (B, T, T), over the number of real tokens, so that padding changes nothing
+        # what each token takes from each other one: weights (B, T, T)
         n_tokens = x.size(1)
+        places = torch.arange(n_tokens, device=x.device)
+        distances = places - places[:, None]
+        bias = self.distance_bias[distances + self.config.max_len - 1]
         if mask is not None:
             mask = mask[:, None]
             n_tokens = mask.sum(-1, keepdim=True)
-        scores = q @ k.transpose(-2, -1) / n_tokens
-        weights = F.relu(scores).square()
+        scores = (q @ k.transpose(-2, -1)).float() / n_tokens  # their square is small: in fp32
+        weights = F.relu(scores + bias).square()
         if mask is not None:
             weights = weights.masked_fill(~mask, 0.0)
         weights = dropout(weights.to(x.dtype), self.config.dropout, self.training)
@@ -514,7 +523,10 @@ class BERT(nn.Module):
             saved = torch.load(path, map_location="cpu", weights_only=True)  # can run no code
             config = Config(**saved["config"])
             model = cls(replace(config, **changes))
-            model.load_state_dict(rename_old_parameters(saved["model"]))
+            weights = rename_old_parameters(saved["model"])
+            if differing := weights.keys() ^ model.state_dict().keys():
+                raise ValueError(f"today's model has other parameters ({min(differing)})")
+            model.load_state_dict(weights)
         except Exception as e:
             why = (str(e).strip() or "no reason given").splitlines()[0]
             why = f"{type(e).__name__}: {why}"
@@ -664,10 +676,8 @@ def rename_old_parameters(weights):
 
     Before the sublayers were modules, their parameters stood in the block itself.
     """
-    sublayers = dict.fromkeys(["qkv", "out", "qk", "qk_scale", "qk_offset"], "attention")
-    is_gated_attention = any(".qk_scale" in name for name in weights)
-    for layer in ("up", "down"):
-        sublayers[layer] = "attention" if is_gated_attention else "feed_forward"
+    sublayers = {"qkv": "attention", "out": "attention"}
+    sublayers |= {"up": "feed_forward", "down": "feed_forward"}
 
     renamed = {}
     for name, tensor in weights.items():

@@ -24,7 +24,7 @@ from nanocram.configurator import configure
 from nanocram.cooccurrence import initialize_from_counts
 from nanocram.device import compile_checked, make_deterministic, peak_flops, pick_device, pick_dtype
 from nanocram.faults import Fault, is_out_of_memory, run_script, sha256_of, write_json
-from nanocram.optim import make_optimizers
+from nanocram.optim import make_optimizers, step_unless
 from nanocram.rules import rules_record
 from nanocram.runs import Log, Run, StopRequest, save_torch, start_wandb
 
@@ -61,7 +61,7 @@ warmup = 0.0
 # (0, 1) fraction of progress in which inverse_sqrt, triangle, trapezoid and ramp fall to zero
 cooldown = 0.25
 triangle_base = 0.25  # [0, 1] where the triangle begins, as a fraction of its peak
-# {adamw, adam, muon} adam: BERT's L2 decay in the gradient; muon: NorMuon for the blocks' matrices
+# {adamw, muon, Adam, RAdam, NAdam, Adafactor} muon is NorMuon for the matrices of the blocks
 optimizer = "adamw"
 # [0, inf) decay of matrices and embeddings, none on norms, biases and scalars
 weight_decay = 0.01
@@ -257,27 +257,42 @@ def split_batch(batch, micro_batch_size, rank=0, world=1):
 
 @torch.no_grad()
 def evaluate(model, rows, mask_id, device, batch=64):
-    """Return {val_loss in nats, val_accuracy} over rows (N, T).
+    """Return the losses in nats and the accuracy over rows (N, T), as entries of the log.
 
     Always measured the same way, whatever the training objective: 15 % of the positions, chosen by
-    a fixed seed, all replaced by <mask>.
+    a fixed seed, all replaced by <mask>. val_loss_se is the standard error of val_loss over rows.
+    val_loss_new is the loss at words that are visible nowhere else in the row, val_loss_seen that
+    at the others: a model that copies well is told from one that has learned more.
     """
     # on the CPU: the same positions on every device
     generator = torch.Generator().manual_seed(0)
     model.eval()
-    loss = correct = total = 0
+    losses, seen, correct = [], [], []
     for i in range(0, len(rows), batch):
         ids = torch.from_numpy(rows[i : i + batch].astype(np.int64))
         count = n_masked(ids.size(1), 0.15)
         inputs, positions, targets = mask_tokens(ids, count, mask_id, 1, generator, mix=False)
+        seen.append((inputs[:, None, :] == targets[:, :, None]).any(-1))
         positions = flat_positions(positions, ids.size(1)).to(device)
-        targets = targets.flatten().to(device)
+        flat_targets = targets.flatten().to(device)
         logits = model(inputs.to(device), positions).float()
-        loss += F.cross_entropy(logits, targets, reduction="sum").item()
-        correct += (logits.argmax(-1) == targets).sum().item()
-        total += len(targets)
+        loss = F.cross_entropy(logits, flat_targets, reduction="none")
+        losses.append(loss.view(targets.shape).double().cpu())
+        correct.append((logits.argmax(-1) == flat_targets).cpu())
     model.train()
-    return {"val_loss": loss / total, "val_accuracy": correct / total}
+
+    # each (N, masked positions per row)
+    losses = torch.cat(losses)
+    seen = torch.cat(seen)
+    return {
+        "val_loss": losses.mean().item(),
+        "val_loss_se": losses.mean(1).std().item() / math.sqrt(len(rows))
+        if len(rows) > 1
+        else None,
+        "val_loss_new": losses[~seen].mean().item() if not seen.all() else None,
+        "val_loss_seen": losses[seen].mean().item() if seen.any() else None,
+        "val_accuracy": torch.cat(correct).double().mean().item(),
+    }
 
 
 # --------------------------------------------------------------------------------------------------
@@ -316,13 +331,10 @@ def training_step(model, forward, optimizers, scaler, micro_batches, grad_clip, 
         scaler.unscale_(opt)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
 
-    # step, unless something is not finite; that is decided on the device, so nothing waits for it.
-    # scaler.step would ask for each optimizer's own gradients alone
+    # step, unless something is not finite; scaler.step would ask for each optimizer's own gradients
     is_bad = ~(step_loss.isfinite() & grad_norm.isfinite())
     for opt in optimizers:
-        opt.found_inf = is_bad.float()
-        if step_loss.device.type != "mps" or not is_bad:  # whose fused step ignores found_inf
-            opt.step()
+        step_unless(is_bad, opt)
     scaler.update()
     model.zero_grad(set_to_none=True)
     return step_loss, grad_norm, is_bad

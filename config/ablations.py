@@ -99,9 +99,9 @@ architecture = {
     "four_thirds_width": _heads(round(n_head * 4 / 3)),
 }
 
-# BERT's training, with its schedule tied to the budget
+# BERT's training as [repo] runs it, with its schedule tied to the budget
 _original_training = {
-    "optimizer": "adam",
+    "optimizer": "Adam",  # with the decay in the gradient, as the authors ran it
     "learning_rate": learning_rate / 10,
     "beta2": 0.999,
     "adam_eps": 1e-8,
@@ -113,9 +113,17 @@ _original_training = {
     "schedule": "cosine",
     "warmup": 0.06,
 }
+# and with the decay, the epsilon and the clipping of BERT's own code, as in config/bert_base.py
+_original_training_decoupled = _original_training | {
+    "optimizer": "adamw",
+    "adam_eps": 1e-6,
+    "grad_clip": 1.0,
+}
 training = {
     "original_training": _original_training,
+    "original_training_decoupled": _original_training_decoupled,
     "original_both": _original_training | architecture["original_architecture"],
+    "original_both_decoupled": _original_training_decoupled | architecture["original_architecture"],
     "minimal_training": {
         "learning_rate": learning_rate / 2,
         "grad_clip": 0.0,
@@ -124,7 +132,11 @@ training = {
         "schedule": "cosine",
         "warmup": 0.06,
     },
-    "adam": {"optimizer": "adam"},
+    "adam_l2": {"optimizer": "Adam"},
+    "radam": {"optimizer": "RAdam"},
+    "nadam": {"optimizer": "NAdam"},
+    # its step is a fraction of the weights' size, so its rate has another scale
+    "adafactor": {"optimizer": "Adafactor", "learning_rate": 10 * learning_rate},
     "muon": {"optimizer": "muon", "learning_rate": 3 * learning_rate},
     "dropout": {"dropout": 0.1},
     "constant_schedule": {"schedule": "constant"},

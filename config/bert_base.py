@@ -1,5 +1,5 @@
 # BERT-base (Devlin et al. 2019), trained in a wall-clock budget: the original architecture and
-# optimizer, and a cosine that reaches zero when the budget ends.
+# optimizer (google-research/bert, optimization.py), and a cosine to zero at the end of the budget.
 exec(open("config/crammed.py").read())
 out_dir = "out/bert_base"
 
@@ -19,11 +19,11 @@ token_types = 2
 dropout = 0.1
 
 mask_rate = 0.15
-optimizer = "adam"
+optimizer = "adamw"  # BERT's Adam decouples its decay, but lacks the correction of the first steps
 learning_rate = 1e-4
 beta2 = 0.999
-adam_eps = 1e-8
-grad_clip = 0.0
+adam_eps = 1e-6
+grad_clip = 1.0
 schedule = "cosine"
 warmup = 0.06
 batch_size = 512

@@ -8,9 +8,8 @@ norm_place = "pre"
 norm_eps = 1e-6
 token_types = 0
 
-optimizer = "adamw"
 learning_rate = 2e-3
 beta2 = 0.98
-adam_eps = 1e-6
+grad_clip = 0.0
 schedule = "linear"
 batch_size = 4096

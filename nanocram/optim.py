@@ -28,10 +28,15 @@ RMS_OF_ADAMW = 0.2  # root mean square of a usual step of AdamW, per lr (Liu et 
 
 
 def make_optimizers(model, name, learning_rate, weight_decay, betas, eps):
-    """Return the optimizers of a BERT or a Classifier: Adam or AdamW, followed by NorMuon if asked.
+    """Return the optimizers of a BERT or a Classifier: one of torch's, then NorMuon if asked.
 
-    name: "adam" (L2 decay in the gradient, as in BERT), "adamw", or "muon" (NorMuon for matrices
-    of the blocks, AdamW for the rest). betas, eps: of Adam and AdamW.
+    name: "adamw", "muon" (NorMuon for matrices of the blocks, AdamW for the rest), or Adam, RAdam,
+    NAdam, Adafactor of torch.optim. betas, eps: of all but Adafactor, which keeps its own.
+
+    The decay is decoupled: it shrinks the weights themselves (Loshchilov & Hutter 2019). Only Adam
+    adds it to the gradient, as torch has it and as [repo] ran "original training". There it is
+    divided by the size of the gradient, so it takes weights with small gradients to zero. BERT's
+    own optimizer decouples it.
 
     Matrices and embeddings decay; norms, biases and scalars do not (deviation: [repo] decays the
     position scalar).
@@ -47,12 +52,34 @@ def make_optimizers(model, name, learning_rate, weight_decay, betas, eps):
         {"params": decayed, "weight_decay": weight_decay},
         {"params": exempt, "weight_decay": 0.0},
     ]
-    kind = torch.optim.Adam if name == "adam" else torch.optim.AdamW
-    optimizers = [kind(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)]
+    common = {"lr": learning_rate, "betas": betas, "eps": eps}
+    if name == "Adafactor":
+        return [torch.optim.Adafactor(groups, lr=learning_rate)]
+    if name in ("RAdam", "NAdam"):
+        kind = getattr(torch.optim, name)
+        return [kind(groups, **common, decoupled_weight_decay=True)]
+    if name == "Adam":
+        return [torch.optim.Adam(groups, **common, fused=True)]
+
+    optimizers = [torch.optim.AdamW(groups, **common, fused=True)]
     if name == "muon":
         dtype = bert_of(model).dtype
         optimizers.append(NorMuon(matrices, learning_rate, weight_decay, dtype))
     return optimizers
+
+
+def step_unless(is_bad, optimizer):
+    """Take a step, unless is_bad, a bool tensor of one value on the optimizer's device.
+
+    NorMuon and the fused optimizers of torch decide that on the device, so the program need not
+    wait for it. The others ignore found_inf, or raise if it is set.
+    """
+    decides_itself = isinstance(optimizer, NorMuon) or optimizer.defaults.get("fused")
+    if decides_itself and is_bad.device.type != "mps":  # whose fused step ignores found_inf, too
+        optimizer.found_inf = is_bad.float()
+        optimizer.step()
+    elif not is_bad:
+        optimizer.step()
 
 
 def bert_of(model):

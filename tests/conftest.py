@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
 os.environ["OMP_NUM_THREADS"] = "1"  # for models this small a second thread mostly waits
@@ -99,6 +100,7 @@ def run(home, monkeypatch, capsys):
         finally:
             for s, handler in handlers.items():
                 signal.signal(s, handler)
+            torch.use_deterministic_algorithms(False)
         captured = capsys.readouterr()
         return message, captured.out + captured.err
 

@@ -106,7 +106,7 @@ SETTINGS = ["--glue_epochs=2", "--glue_seeds=2", "--glue_max_train=1000", "--dty
 @pytest.mark.slow
 def test_a_plain_loop_of_transformers_scores_like_finetune_glue(run, home):
     """On the exported model, shuffled, padded to glue_max_len, with the settings of glue.json."""
-    size = ["--max_steps=150", "--compile=False"]
+    size = ["--max_steps=300", "--batch_size=16", "--micro_batch_size=16", "--compile=False"]
     for script, words in (("prepare.py", []), ("train.py", size), ("finetune_glue.py", SETTINGS)):
         message, output = run(script, "config/demo.py", *words, f"--tasks={','.join(SCORED)}")
         assert message is None, message

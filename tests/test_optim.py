@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanocram.optim import ITERATIONS, NorMuon, orthogonalize
+from nanocram.optim import ITERATIONS, NorMuon, make_optimizers, orthogonalize, step_unless
 
 
 def matrix(*shape, seed=0):
@@ -117,3 +117,78 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     p.grad, opt.found_inf = matrix(8, 8, seed=2), torch.tensor(0.0)
     opt.step()
     assert p.isfinite().all() and not torch.equal(p, before)
+
+
+# --------------------------------------------------------------------------------------------------
+# The optimizers of torch
+
+
+class OneMatrix(torch.nn.Module):
+    """Looks like a model to make_optimizers: one matrix that decays, one vector that does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix = torch.nn.Parameter(matrix(4, 3))
+        self.vector = torch.nn.Parameter(matrix(1, 3)[0])
+
+
+def one_step(name, gradient):
+    """Return (matrix, vector) before and after a step with lr 0.1 and a decay of 0.5."""
+    model = OneMatrix()
+    before = [p.detach().clone() for p in model.parameters()]
+    (opt,) = make_optimizers(model, name, 0.1, 0.5, betas=(0.9, 0.98), eps=1e-6)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, gradient)
+    step_unless(torch.tensor(False), opt)
+    return before, [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("name", ["adamw", "RAdam", "NAdam", "Adafactor"])
+def test_decay_is_decoupled(name):
+    """Without a gradient a weight is multiplied by 1 - lr * decay, and nothing else happens."""
+    before, after = one_step(name, 0.0)
+    assert torch.allclose(after[0], before[0] * (1 - 0.1 * 0.5), rtol=1e-6)
+    assert torch.equal(after[1], before[1])
+
+
+def test_adam_alone_has_its_decay_in_the_gradient():
+    """As the authors ran it: Adam's first step has the size lr whatever the gradient's size."""
+    before, after = one_step("Adam", 0.0)
+    assert torch.allclose(after[0], before[0] - 0.1 * before[0].sign(), atol=1e-4)
+    assert torch.equal(after[1], before[1])
+
+
+def test_small_gradients_do_not_let_decoupled_decay_take_a_weight_to_zero():
+    """What broke BERT's recipe: 300 steps of gradients that have no mean, and are small."""
+    sizes = {}
+    for name in ("Adam", "adamw"):
+        model = OneMatrix()
+        (opt,) = make_optimizers(model, name, 1e-2, 0.01, betas=(0.9, 0.98), eps=1e-8)
+        for i in range(300):
+            for p in model.parameters():
+                p.grad = 1e-4 * matrix(*p.shape, seed=i)
+            step_unless(torch.tensor(False), opt)
+        sizes[name] = model.matrix.abs().mean().item()
+    assert sizes["Adam"] < 0.1 and sizes["adamw"] > 0.5
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "Adam", "RAdam", "NAdam", "Adafactor"])
+def test_a_bad_step_changes_neither_weights_nor_moments(name):
+    from test_model import bert
+
+    model = bert()
+    optimizers = make_optimizers(model, name, 0.1, 0.5, betas=(0.9, 0.98), eps=1e-6)
+    for is_bad, value in ((False, 1e-3), (True, float("nan")), (False, 1e-3)):
+        before = [p.detach().clone() for p in model.parameters()]
+        old = [[v.clone() for s in opt.state.values() for v in s.values()] for opt in optimizers]
+        for p in model.parameters():
+            p.grad = torch.full_like(p, value)
+        for opt in optimizers:
+            step_unless(torch.tensor(is_bad), opt)
+        new = [[v for s in opt.state.values() for v in s.values()] for opt in optimizers]
+        if is_bad:
+            assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+            assert all(torch.equal(a, b) for x, y in zip(old, new) for a, b in zip(x, y))
+        else:
+            assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    assert all(p.isfinite().all() for p in model.parameters())

@@ -68,13 +68,13 @@ def test_rows_of_the_paper(home):
     """Spot checks: numbers of the paper's own rows, at full size."""
     c = ablation("original_training")
     found = (c["learning_rate"], c["batch_size"], c["mask_rate"], c["optimizer"])
-    assert found == (1e-4, 512, 0.15, "adam")
+    assert found == (1e-4, 512, 0.15, "Adam")
     c = ablation("minimal_training")
     found = (c["learning_rate"], c["batch_size"], c["batch_ramp"], c["schedule"])
     assert found == (5e-4, 8192, 0.0, "cosine")
 
     bert = resolved("config/bert_base.py")
-    original = ablation("original_both")
+    original = ablation("original_both_decoupled")
     same = "n_layer n_head n_embd n_inner norm_place bias activation glu position final_norm"
     same += " head_transform decoder_bias token_types dropout mask_rate optimizer learning_rate"
     same += " beta2 adam_eps grad_clip schedule warmup batch_size"
@@ -113,7 +113,7 @@ def test_the_order_of_words_is_the_order_of_meaning(home):
 def test_changes_of_a_recipe_of_ones_own(home):
     """A recipe, or an ablation of the crammed one; several changes, applied in that order."""
     words = ["--n_layer=12", "--scale=cpu"]
-    words = sweep.stage_words("cpu+half_depth+half_depth+adam+muon", words)
+    words = sweep.stage_words("cpu+half_depth+half_depth+adam_l2+muon", words)
     c = resolved(*words)
     assert (c["n_layer"], c["optimizer"]) == (3, "muon")
     assert (c["dataset"], c["rotary_base"]) == ("cpu_cpu", 1000.0)

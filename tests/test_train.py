@@ -28,6 +28,9 @@ NANOCRAM += "--value_residual=True --embedding_skip=True".split()
 NANOCRAM += ["--count_tokens=3000", "--decoder_bias=True"]
 
 
+OPTIMIZERS = ["adamw", "muon", "Adam", "RAdam", "NAdam", "Adafactor"]
+
+
 def log(name="tiny", key="loss"):
     entries = [json.loads(line) for line in Path(f"out/{name}/log.jsonl").read_text().splitlines()]
     return [e for e in entries if key in e]
@@ -141,10 +144,41 @@ def test_evaluation_is_the_same_whatever_the_batch():
         bert(dropout=0.5),
     )
     model.register_forward_pre_hook(as_defined)
-    loss, accuracy = train.evaluate(model, rows, 4, "cpu", batch=64).values()
-    again = tuple(train.evaluate(model, rows, 4, "cpu", batch=7).values())
-    assert again == (pytest.approx(loss, abs=1e-5), accuracy)
-    assert abs(loss - math.log(50)) < 0.5 and 0 <= accuracy < 0.2
+    found = train.evaluate(model, rows, 4, "cpu", batch=64)
+    again = train.evaluate(model, rows, 4, "cpu", batch=7)
+    assert again == pytest.approx(found, rel=1e-5)
+    assert abs(found["val_loss"] - math.log(50)) < 0.5 and 0 <= found["val_accuracy"] < 0.2
+
+
+def test_losses_at_new_and_at_seen_words():
+    """Against loops over rows, positions and the words that are visible in a row."""
+    from test_model import bert
+
+    rows = np.random.default_rng(1).integers(5, 30, (23, 20)).astype(np.uint16)
+    model = bert().eval()
+    found = train.evaluate(model, rows, 4, "cpu")
+    ids = torch.from_numpy(rows.astype(np.int64))
+    generator = torch.Generator().manual_seed(0)
+    inputs, positions, _ = train.mask_tokens(ids, 3, 4, 1, generator, mix=False)
+    new, seen, by_row = [], [], []
+    with torch.no_grad():
+        for i in range(23):
+            log_p = model.logits(model.encode(inputs[i : i + 1]))[0].log_softmax(-1)
+            visible = set(inputs[i].tolist())
+            losses = []
+            for at in positions[i].tolist():
+                loss = -log_p[at, ids[i, at]].item()
+                (seen if ids[i, at].item() in visible else new).append(loss)
+                losses.append(loss)
+            by_row.append(np.mean(losses))
+    assert 10 < len(seen) < 59 and len(seen) + len(new) == 69
+    assert found["val_loss_new"] == pytest.approx(np.mean(new), rel=1e-5)
+    assert found["val_loss_seen"] == pytest.approx(np.mean(seen), rel=1e-5)
+    assert found["val_loss"] == pytest.approx(np.mean(new + seen), rel=1e-5)
+    standard_error = np.std(by_row, ddof=1) / 23**0.5
+    assert found["val_loss_se"] == pytest.approx(standard_error, rel=1e-4)
+    nothing_twice = np.arange(5, 25, dtype=np.uint16)[None]
+    assert train.evaluate(model, nothing_twice, 4, "cpu")["val_loss_seen"] is None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -665,7 +699,7 @@ NAN_GRADIENT = lambda loss, model: loss + (model.embedding.weight[0, 0] * 0).sqr
 
 
 @pytest.mark.parametrize("how", [NAN_LOSS, NAN_GRADIENT])
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_step_that_is_not_finite_is_left_out_and_logged(
     run, tiny_data, monkeypatch, how, optimizer
 ):

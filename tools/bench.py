@@ -124,6 +124,7 @@ def make_our_step(recipe, compiled):
     generator = torch.Generator(device).manual_seed(0)
 
     def step():
+        # read rows and mask them
         start = time.monotonic()
         ids = train.next_rows(rows, 0, recipe.rows, device)
         batch = train.mask_tokens(
@@ -132,6 +133,8 @@ def make_our_step(recipe, compiled):
         micro_batches = train.split_batch(batch, recipe.micro_rows)
         synchronize(device)
         ready = time.monotonic()
+
+        # forward, backward, clip, step
         train.training_step(model, forward, optimizers, scaler, micro_batches, config["grad_clip"])
         synchronize(device)
         return {"data and masks": ready - start, "step": time.monotonic() - ready}
@@ -148,6 +151,7 @@ def their_config(shape, kind):
         "num_hidden_layers": shape.n_layer,
         "num_attention_heads": shape.n_head,
     }
+    # weights per layer, in squares of the width: ours is gated and has 4 + 2, so BERT's has 3 + 3
     if kind == "Bert":
         return transformers.BertConfig(
             **common,
@@ -156,6 +160,7 @@ def their_config(shape, kind):
             hidden_dropout_prob=0.0,  # like ours
             attention_probs_dropout_prob=0.0,
         )
+    # ModernBERT's is gated, too; it names its special tokens, which must lie in the vocabulary
     return transformers.ModernBertConfig(
         **common,
         intermediate_size=2 * shape.width,
@@ -208,6 +213,7 @@ class Worker:
 
     def __init__(self, make, *args):
         """Start a process that makes a step, make(*args), and runs it once to warm up."""
+        # spawn: a forked process would inherit memory, threads and a GPU that is in use
         context = get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=serve_turns, args=(theirs, make, args))
@@ -267,6 +273,7 @@ def memory_used():
         return torch.cuda.max_memory_allocated()
     import resource  # which Windows lacks
 
+    # in bytes on macOS, in kilobytes elsewhere
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return size if sys.platform == "darwin" else size * 1024
 
@@ -307,7 +314,10 @@ def bench_train(names):
         shape = SHAPES[name]
         if device == "cuda":
             shape = replace(shape, rows=GPU_ROWS)
-        bench_shape(name, shape, device, pick_dtype(device, "auto"))
+        try:
+            bench_shape(name, shape, device, pick_dtype(device, "auto"))
+        except ProcessEnded as e:
+            raise Fault(f"{name}: our compiled step ended, see above; out of memory?") from e
 
 
 def recipe_of_shape(shape):
@@ -327,6 +337,8 @@ def recipe_of_shape(shape):
 def candidates_next_to(recipe, shape, device, dtype):
     """Return {label: (function that makes a step, its arguments)}, without ours compiled."""
     candidates = {"nanoCram, eager": (make_our_step, recipe, False)}
+
+    # theirs as they come, in fp32, and in the best dtype of the device with and without compiler
     for kind in ("Bert", "ModernBert"):
         candidates[f"{kind}ForMaskedLM, float32, eager"] = (
             make_their_step, shape, kind, device, torch.float32, False,
@@ -349,6 +361,7 @@ def bench_shape(name, shape, device, dtype):
     turns = []  # of ours
     peaks = []  # FLOP/s, measured before each of them
     with Worker(make_our_step, recipe, True) as ours:
+        # the others one after the other, so that two models at most share the memory
         for label, candidate in candidates_next_to(recipe, shape, device, dtype).items():
             rounds = []
             try:
@@ -360,19 +373,24 @@ def bench_shape(name, shape, device, dtype):
             except ProcessEnded:
                 print(f"  {label}: its process ended, see above; out of memory?", flush=True)
                 continue
+            # relative to our own turns in these rounds
             our_speed = tokens / median(turn.seconds for turn in turns[-REPEATS:])
             seconds = [turn.seconds for turn in rounds]
             show(label, seconds, tokens, "tokens/s", our_speed, rounds[-1].memory)
+
+    # ours, over the turns against all of them
     seconds = [turn.seconds for turn in turns]
     show("nanoCram, compiled", seconds, tokens, "tokens/s", None, turns[-1].memory)
 
-    # where the time of our compiled step goes, and how much of the peak it uses
+    # where the time of our compiled step goes
     total = median(sum(turn.parts.values()) for turn in turns)
     fractions = []
     for part in turns[0].parts:
         fraction = median(turn.parts[part] for turn in turns) / total
         fractions.append(f"{part} {fraction:.1%}")
     print(f"  of the compiled step: {', '.join(fractions)}")
+
+    # and how much of the peak it uses
     n_masked = train.n_masked(SEQ_LEN, recipe.config["mask_rate"])
     flops = tokens * flops_per_token(model_config(recipe.config), SEQ_LEN, n_masked)
     mfu = median(flops / turn.seconds / peak for turn, peak in zip(turns, peaks))
@@ -403,6 +421,8 @@ def relative_speeds(recipes):
             except ProcessEnded:
                 print(f"{name}: does not run", flush=True)
                 continue
+
+            # a step of the one may have more tokens than a step of the other
             tokens = recipe.rows * recipe.config["seq_len"]
             base_tokens = reference.rows * reference.config["seq_len"]
             speeds[name] = median(ratios) * tokens / base_tokens
@@ -425,12 +445,16 @@ def bench_prepare(folder):
     if not folder.exists():
         raise Fault(f"{folder} does not exist")
     folder = folder.resolve()
+
+    # the texts as prepare.py reads them
     documents = read_documents({"files": str(folder)}, 0, "blank_line", Counter())
     texts = [text for text, _ in documents]
     n_chars = sum(len(text) for text in texts)
     print(f"prepare: {n_chars / 1e6:.0f} M characters")
     with tempfile.TemporaryDirectory() as home:
         times = take_turns(prepare_candidates(Path(home), folder, texts), repeats=2)
+
+    # all of them tokenize, so that alone is what they are compared with
     base = median(n_chars / s for s in times["tokenizers.encode_batch alone"])
     for label, seconds in times.items():
         show(label, seconds, n_chars, "characters/s", base)
@@ -491,6 +515,7 @@ def map_datasets(texts, tokenizer, folder):
         starts = range(0, len(ids) - SEQ_LEN + 1, SEQ_LEN)
         return {"ids": [ids[i : i + SEQ_LEN] for i in starts]}
 
+    # with a process per core
     data = datasets.Dataset.from_dict({"text": texts})
     n_processes = os.cpu_count()
     data = data.map(tokenize, batched=True, remove_columns="text", num_proc=n_processes)
@@ -548,6 +573,7 @@ def bench_finetune():
         label = f"transformers, padded to {SEQ_LEN}, {name_of(their_dtype)}"
         candidates[label] = make_epoch(model, padded_logits(model, rows, device), device)
 
+    # relative to what a user of transformers gets without asking for another dtype
     times = take_turns(candidates, 3)
     base = median(len(rows) / s for s in times[f"transformers, padded to {SEQ_LEN}, float32"])
     for label, seconds in times.items():
@@ -592,19 +618,23 @@ def main(argv=None):
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
+    # train
     about = "training steps, next to BertForMaskedLM and ModernBertForMaskedLM of transformers"
     command = commands.add_parser("train", help=about, description=about)
     sizes = [f"{name} ({s.n_layer} x {s.width}, {s.vocab_size:,})" for name, s in SHAPES.items()]
     about_shapes = f"layers x width, vocabulary: {', '.join(sizes)}; default: demo small"
     command.add_argument("shapes", nargs="*", metavar="SHAPE", help=about_shapes)
 
+    # prepare
     about = "prepare.py, next to encode_batch of tokenizers alone and to datasets.map"
     command = commands.add_parser("prepare", help=about, description=about)
     command.add_argument("folder", type=Path, help="text to read")
 
+    # finetune
     about = "fine-tuning, next to a plain loop of transformers that pads to 128 tokens"
     commands.add_parser("finetune", help=about, description=about)
 
+    # do it
     args = parser.parse_args(argv)
     if args.command == "train":
         unknown = [name for name in args.shapes if name not in SHAPES]

@@ -72,11 +72,14 @@ class Entry:
 
 
 def stage_words(name, words):
-    """Return the command line of a stage for the entry `name`, with the words of the sweep's."""
+    """Return the command line of a stage for the entry `name`. words: of the sweep, for all."""
+    # a name that is no recipe is a change of the crammed one
     base, *changes = name.split("+")
     if base == "ablations" or not (ROOT / "config" / f"{base}.py").exists():
         changes = [base, *changes]
         base = "crammed"
+
+    # a scale comes first and the changes last, since both compute with the keys before them
     scales = [word for word in words if word.startswith("--scale=")]
     others = [word for word in words if word not in scales]
     ablations = [f"--ablation={change}" for change in changes]
@@ -85,15 +88,19 @@ def stage_words(name, words):
 
 def resolve_entries(names, words):
     """Return {name: config}. Raise Fault if a word is wrong or two entries do not compare."""
-    configs = {name: resolve("train.py", stage_words(name, words)) for name in names}
-    budgets = {(config["budget_hours"], config["max_steps"]) for config in configs.values()}
+    configs = {}
+    budgets = set()
+    for name in names:
+        config = resolve("train.py", stage_words(name, words))
+        configs[name] = config
+        budgets.add((config["budget_hours"], config["max_steps"]))
     if len(budgets) > 1:
         raise Fault("these recipes have different budgets; --budget_hours=H gives them the same")
 
     # two entries may become the same at this scale
     seen = {}
     for name, config in configs.items():
-        experiment = {key: config[key] for key in config if key not in ("out_dir", "dataset")}
+        experiment = config | {"out_dir": None, "dataset": None}
         for other, other_experiment in seen.items():
             if experiment == other_experiment:
                 raise Fault(f"{name} and {other} are the same experiment here; leave one out")
@@ -110,6 +117,7 @@ def steps_of(configs, tokens, path):
 
     An entry that does not run is not in the result. path: file of the measured speeds.
     """
+    # what is timed: as many whole micro-batches as an average batch has
     recipes = {}
     tokens_per_step = {}
     for name, config in configs.items():
@@ -119,9 +127,11 @@ def steps_of(configs, tokens, path):
         recipes[name] = Recipe(config, n_micro_batches * micro_rows, micro_rows)
         tokens_per_step[name] = rows * config["seq_len"]
 
+    # as many tokens as the speed allows
     steps = {}
     for name, speed in measure_speeds(recipes, tokens_per_step, path).items():
-        steps[name] = max(round(tokens * speed / tokens_per_step[name]), 1)
+        n_steps = tokens * speed / tokens_per_step[name]
+        steps[name] = max(round(n_steps), 1)
     return steps
 
 
@@ -129,7 +139,10 @@ def mean_batch_rows(config):
     """Return the mean rows of a batch over the whole run."""
     keys = ("batch_size", "batch_ramp", "batch_ramp_rows")
     sizes = [config[key] for key in keys]
-    return np.mean([train.batch_rows(p, *sizes) for p in np.linspace(0, 1, 1001)])
+    rows = []
+    for progress in np.linspace(0, 1, 1001):
+        rows.append(train.batch_rows(progress, *sizes))
+    return np.mean(rows)
 
 
 def hash_of_work(recipe, tokens_per_step):
@@ -145,7 +158,9 @@ def measure_speeds(recipes, tokens_per_step, path):
 
     Speeds that the file `path` has are not measured again. A recipe that does not run is left out.
     """
-    works = {name: hash_of_work(recipes[name], tokens_per_step[name]) for name in recipes}
+    works = {}
+    for name, recipe in recipes.items():
+        works[name] = hash_of_work(recipe, tokens_per_step[name])
     first = next(iter(works))
 
     # speeds are relative to one entry: without it, those of the file say nothing
@@ -161,7 +176,8 @@ def measure_speeds(recipes, tokens_per_step, path):
         if work not in known:
             new.setdefault(work, name)
     if new:
-        found = relative_speeds({name: recipes[name] for name in [first, *new.values()]})
+        measured = [first, *new.values()]
+        found = relative_speeds({name: recipes[name] for name in measured})
         for work, name in new.items():
             if name in found:
                 known[work] = found[name] * known[works[first]]
@@ -250,6 +266,7 @@ def why_not_the_same(folder, config, data):
 
 def run_all(names, configs, args, words):
     """Run all entries with all seeds, and write the table after each. Return {name: why failed}."""
+    # with --tokens, measure how many steps each entry gets
     failed = {}
     steps = {}
     if args.tokens:
@@ -258,6 +275,7 @@ def run_all(names, configs, args, words):
             if name not in steps:
                 failed[name] = "does not run, see above"
 
+    # seed by seed, so that a sweep that is stopped has compared all entries with some seeds
     runnable = [name for name in names if name not in failed]
     for seed in range(FIRST_SEED, FIRST_SEED + args.seeds):
         for name in runnable:
@@ -296,6 +314,7 @@ def read_run(folder, speed, reference):
     None is for a run that is not finished. speed: relative to the first entry, or None.
     reference: to say when the run passed its loss, or None.
     """
+    # a run is finished if its last evaluation was at the end
     entries = read_log(folder / "log.jsonl")
     evaluations = [entry for entry in entries if "val_loss" in entry]
     if not evaluations or evaluations[-1]["progress"] < 1:
@@ -349,13 +368,17 @@ def read_entries(names, out):
         files = []
         for log in sorted(out.glob(f"{name}-*/log.jsonl")):
             seed = log.parent.name.removeprefix(f"{name}-")
-            if seed.isdigit() and (found := read_run(log.parent, speed, reference)):
+            if not seed.isdigit():
+                continue
+            found = read_run(log.parent, speed, reference)
+            if found:
                 rows[int(seed)], run_files = found
                 files.append(run_files)
 
         # the first entry that has some is what the others are compared with
         if reference is None and rows:
-            reference = Reference(np.mean([row["val_loss"] for row in rows.values()]), files[0])
+            losses = [row["val_loss"] for row in rows.values()]
+            reference = Reference(np.mean(losses), files[0])
         entries[name] = Entry(rows, all(own == reference.files for own in files))
     return entries
 
@@ -417,6 +440,7 @@ def main_table(entries, columns, failed):
         cells = []
         for column in columns:
             values = [row[column] for row in entry.rows.values() if column in row]
+            # brackets for a loss on other data than the first entry's
             text = mean_and_deviation(values, DIGITS.get(column, 1))
             if column == "val_loss" and entry.rows and not entry.is_comparable:
                 text = f"({text})"
@@ -463,8 +487,11 @@ def difference_table(entries, columns):
         for column in measures:
             pairs = []
             for seed in seeds:
-                if column in entry.rows[seed] and column in reference.rows[seed]:
-                    pairs.append((entry.rows[seed][column], reference.rows[seed][column]))
+                own_row = entry.rows[seed]
+                reference_row = reference.rows[seed]
+                if column in own_row and column in reference_row:
+                    pairs.append((own_row[column], reference_row[column]))
+            # an interval takes two seeds or more; a seed that was not scored hides the column
             is_complete = len(pairs) == len(seeds) > 1
             if is_complete and (entry.is_comparable or column != "val_loss"):
                 cells.append(difference(pairs, DIGITS.get(column, 1)))
@@ -483,6 +510,7 @@ def difference_table(entries, columns):
 
 def write_table(names, failed, out):
     """Write table.md. Return its text, and {name: [val_loss]} of the entries that compare."""
+    # the table
     entries = read_entries(names, out)
     columns = columns_of(entries)
     lines = main_table(entries, columns, failed)
@@ -492,6 +520,7 @@ def write_table(names, failed, out):
     with replace_file(out / "table.md") as f:
         f.write(text.encode())
 
+    # what the picture shows
     losses = {}
     for name, entry in entries.items():
         if entry.rows and entry.is_comparable:
@@ -518,7 +547,12 @@ def parse(argv):
     parser.add_argument("--table", action="store_true", help="run nothing, only make the table")
     args, words = parser.parse_known_intermixed_args(argv)
 
-    args.names = [Path(name).stem if name.endswith(".py") else name for name in args.names]
+    # config/mine.py is the recipe mine
+    for i, name in enumerate(args.names):
+        if name.endswith(".py"):
+            args.names[i] = Path(name).stem
+
+    # refuse what makes no sense, and what would make all runs one run
     if args.seeds < 1:
         raise Fault(f"seeds = {args.seeds} is outside [1, inf)")
     if args.tokens < 0:
