@@ -59,7 +59,7 @@ class Config:
     activation: str = "gelu"
     # {softmax, fourier, flash} flash is the gated attention unit, without a feed-forward layer
     attention: str = "softmax"
-    # (1, inf) longest wavelength of the rotary positions, in tokens over 2 pi
+    # (1, inf) longest wavelength of the positions, in tokens over 2 pi, for position: rotary
     rotary_base: float = 10000.0
     tie_weights: bool = True  # the decoder is the embedding matrix
 

@@ -56,18 +56,23 @@ batch_ramp_rows = 128  # [1, inf) rows in the ramp's first batch, and in each in
 learning_rate = 1e-3  # (0, inf) peak learning rate
 # {constant, linear, cosine, inverse_sqrt, triangle, trapezoid, ramp} of the learning rate
 schedule = "triangle"
-# [0, 1) fraction of progress with a linear warm-up; triangle and ramp have their own
+# [0, 1) fraction of progress with a linear warm-up,
+# for schedule: constant, linear, cosine, inverse_sqrt, trapezoid
 warmup = 0.0
-# (0, 1) fraction of progress in which inverse_sqrt, triangle, trapezoid and ramp fall to zero
+# (0, 1) fraction of progress in which the learning rate falls to zero,
+# for schedule: inverse_sqrt, triangle, trapezoid, ramp
 cooldown = 0.25
-triangle_base = 0.25  # [0, 1] where the triangle begins, as a fraction of its peak
+# [0, 1] where the triangle begins, as a fraction of its peak, for schedule: triangle
+triangle_base = 0.25
 # {adamw, muon, Adam, RAdam, NAdam, Adafactor} muon is NorMuon for the matrices of the blocks
 optimizer = "adamw"
 # [0, inf) decay of matrices and embeddings, none on norms, biases and scalars
 weight_decay = 0.01
-beta1 = 0.9  # [0, 1) Adam's decay of the first moment
-beta2 = 0.98  # [0, 1) Adam's decay of the second moment
-adam_eps = 1e-12  # (0, inf) Adam's epsilon
+# [0, 1) decay of the first moment, for optimizer: adamw, muon, Adam, RAdam, NAdam
+beta1 = 0.9
+# [0, 1) decay of the second moment, for optimizer: adamw, muon, Adam, RAdam, NAdam
+beta2 = 0.98
+adam_eps = 1e-12  # (0, inf) Adam's epsilon, for optimizer: adamw, muon, Adam, RAdam, NAdam
 grad_clip = 0.5  # [0, inf) largest norm of the gradient, 0 = no clipping
 
 # the machine
@@ -180,7 +185,7 @@ def next_rows(rows, cursor, count, device):
 def forecast(rows, meta, speed, tokens, seconds_left, budget_hours):
     """Say how long the corpus lasts at `speed` tokens/s.
 
-    Warns if only the head of a sorted corpus will be seen.
+    Warns if only the head of a sorted corpus will be seen, or if the corpus is repeated.
     """
     order = meta["settings"]["order"]
     seen = tokens + speed * max(seconds_left, 0)
@@ -189,11 +194,20 @@ def forecast(rows, meta, speed, tokens, seconds_left, budget_hours):
         f"{budget_hours:.3g} h of budget, the corpus lasts {lasts:.3g} h at {speed:,.0f} tokens/s: "
         f"{seen / rows.size:.0%} of one epoch"
     )
+    fitting = ""
+    if "characters" in meta["counts"]:
+        fitting = f"; max_chars={meta['counts']['characters'] * seen / rows.size:.2g} fits"
     if order != "shuffle" and seen < 0.9 * rows.size:
         tqdm.write(
             f"warning: the corpus is sorted by {order} and only its head will be seen; "
             f"prepare.py with max_rows={seen / rows.shape[1]:.0f} cuts after sorting, "
-            "max_chars before"
+            f"max_chars before{fitting}"
+        )
+    if seen > 1.1 * rows.size:
+        again = "" if order == "shuffle" else f", and its order ({order}) comes round again"
+        tqdm.write(
+            f"warning: the corpus will be seen {seen / rows.size:.1f} times{again}; "
+            f"with more text it would not be repeated{fitting}"
         )
 
 
@@ -545,7 +559,7 @@ def main(config):
     micro_batches = []
     lr = rows = 0
     first_step = state["step"]
-    forecast_said = False
+    forecast_rows = 0  # the batch at the last forecast
     model.train()
     interval = Interval(device)
     start = interval.start - state["elapsed"]
@@ -568,10 +582,11 @@ def main(config):
         if interval.steps and (done or log_now):
             loss, speed, skipped = interval.close()
             now = time.monotonic()
-            if interval.tokens and not forecast_said and not max_steps:
+            grown = forecast_rows < rows == batch_size
+            if interval.tokens and not max_steps and (forecast_rows == 0 or grown):
                 left = budget_hours * 3600 - state["elapsed"]
                 forecast(train_rows, meta, speed, state["tokens"], left, budget_hours)
-                forecast_said = True
+                forecast_rows = rows
             log.write(
                 state,
                 progress,
@@ -641,9 +656,7 @@ def main(config):
         # step
         try:
             if compile and state["step"] == first_step:
-                fraction = micro / rows
-                scale = lambda loss: scaler.scale(loss * fraction)  # noqa: B023, E731
-                forward = compile_checked(model, scale, *micro_batches[0])
+                forward = compile_checked(model, *micro_batches[0])
             torch.manual_seed(step_seed + 1 + rank)
             result = training_step(model, forward, opts, scaler, micro_batches, grad_clip, stop)
         except RuntimeError as e:
@@ -661,7 +674,7 @@ def main(config):
         interval.add(loss, is_bad, rows * seq_len)
 
         # count
-        if (state["rows"] + rows) // len(train_rows) > state["rows"] // len(train_rows):
+        if state["rows"] < len(train_rows) <= state["rows"] + rows:
             step = f"{state['step']:,}"
             tqdm.write(f"the corpus ends at step {step}; it starts again, with other masks")
         state["step"] += 1

@@ -3,7 +3,8 @@
 A stage is a script that calls `configure(globals())`. Its keys are the lower-case assignments above
 its first def, class or ruler that have a comment, at the end of the line or directly above it. The
 keys of the model are the fields of the `Config` that the stage imports. A comment may open with
-what is allowed: `[0, 1)` is a range, `{auto, never}` a choice.
+what is allowed: `[0, 1)` is a range, `{auto, never}` a choice. It may end with the values of
+another key with which this one has a meaning: `for schedule: linear, cosine`.
 
 A config file may set the keys of every stage. So the other stages, which are the scripts in the
 same folder that call configure, are read from their source; a key that none of them has is refused.
@@ -288,10 +289,13 @@ def resolve_stage(stage, argv):
             config[name] = copy.deepcopy(known[0])
 
     # config files and overrides, each of which replaces what came before
-    for word in argv:
+    when = {}
+    for i, word in enumerate(argv):
+        inherited = set()
         name, _, text = word.removeprefix("--").partition("=")
         if not word.startswith("--"):
             origin, given = word, run_config_file(word)
+            inherited = given.keys() - assigned_in(word)
         elif "=" not in word:
             raise Fault(f"{word}: an override is written --key=value")
         elif name in ("scale", "ablation"):
@@ -302,7 +306,42 @@ def resolve_stage(stage, argv):
             if key not in declared:
                 raise Fault(unknown_key(key, origin, declared, [stage, *others]))
             config[key] = first_accepted(declared[key], key, value)
+            when[key] = (i, key not in inherited)
+    for name, keys in declared.items():
+        drop_if_meaningless(name, keys[0], config, when, name in stage.own | stage.model)
     return config
+
+
+def assigned_in(path):
+    """Return the names that a config file assigns itself, not through a base that it executes."""
+    names = set()
+    for node in ast.walk(ast.parse(Path(path).read_text(encoding="utf-8-sig"))):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+    return names
+
+
+def drop_if_meaningless(name, key, config, when, is_own):
+    """Set a key back to its default if another setting makes it meaningless.
+
+    Raises Fault if it was set together with that setting, or later. when: {key: place of the last
+    word that set it}.
+    """
+    condition = re.search(r"for (\w+): ([\w, ]+)$", key.comment)
+    if not condition or config.get(name, key.default) == key.default:
+        return
+    other = condition[1]
+    allowed = condition[2].split(", ")
+    if config.get(other) in allowed:
+        return
+
+    what = f"{name} = {config[name]!r} has no meaning with {other} = {config[other]!r}"
+    never = (-1, False)
+    if when.get(name, never) >= when.get(other, never):
+        raise Fault(f"{what}, only with {', '.join(allowed)}; leave it out")
+    if is_own:
+        print(f"{what}; it was set before, and is left out")
+    config[name] = copy.deepcopy(key.default)
 
 
 def first_accepted(keys, name, value):

@@ -52,9 +52,33 @@ def pick_device(name):
     elif not is_there[name]:
         hint = "--device=auto takes what there is"
         raise Fault(f"device = {name!r}, but torch sees none here; {hint}")
+    if name == "cuda":
+        require_kernels(torch.cuda.get_device_capability(), torch.cuda.get_arch_list())
     if name == "cpu" and sys.platform == "linux":
         keep_freed_memory()
     return name
+
+
+def require_kernels(capability, architectures):
+    """Raise Fault if this build of torch cannot run on a GPU of that compute capability.
+
+    architectures: what it was built for, such as ["sm_80", "compute_90"]. Code for sm_80 runs on
+    8.0 and 8.6, not on 9.0. Code for compute_90 is compiled for the GPU, from 9.0 on.
+    """
+    major, minor = capability
+    for architecture in architectures:
+        kind, _, number = architecture.partition("_")
+        built = (int(number[:-1]), int(number[-1])) if number.isdecimal() else (major, minor)
+        if kind == "sm" and built[0] == major and built[1] <= minor:
+            return
+        if kind == "compute" and built <= (major, minor):
+            return
+    gpu = f"{torch.cuda.get_device_name()} (compute capability {major}.{minor})"
+    built_for = ", ".join(architectures)
+    raise Fault(
+        f"torch {torch.__version__} has no kernels for this {gpu}, only for {built_for}; "
+        "install a build that has, or --device=cpu"
+    )
 
 
 def keep_freed_memory():
@@ -96,35 +120,55 @@ def pick_dtype(device, name):
 
 
 def peak_flops(device, dtype):
-    """Return (FLOP/s, what it is): from the table if the GPU is known, else measured."""
+    """Return (FLOP/s, what it is): from the table if it has the GPU and dtype, else measured."""
     if device == "cuda":
         name = torch.cuda.get_device_name()
-        is_slice = "MIG" in name  # of a GPU that is shared by several
-        for key, tflops in GPU_PEAKS.items():
-            if re.search(rf"\b{key}\b", name) and not is_slice:
-                return tflops * 1e12, name
+        tflops = known_peak(name)
+        if tflops and dtype != torch.float32:
+            return tflops * 1e12, name
+        return measure_peak(device, dtype), f"{name}, measured in {str(dtype)[6:]}"
     return measure_peak(device, dtype), f"measured on this {device}"
+
+
+def known_peak(name):
+    """Return the TFLOP/s of a GPU by the driver's name for it, or None.
+
+    Only the size of its memory and the form of the board may follow: "RTX 4090 Laptop GPU",
+    "RTX 4090 D", "GRID A100-10C" and the slices of a GPU (MIG) are slower than the card.
+    """
+    model = re.sub(r"\b(NVIDIA|GeForce|RTX|Quadro|Tesla) ", "", f"{name} ").strip()
+    form = r"([ -](SXM\d*|PCIe|PCIE|NVL|HBM\d\w*|\d+GB))*"
+    for key, tflops in GPU_PEAKS.items():
+        if re.fullmatch(key + form, model):
+            return tflops
+    return None
 
 
 def measure_peak(device, dtype):
     """Return the FLOP/s of the fastest among some products of square matrices."""
+    # large products are the fastest; a slow device, or an emulated dtype, does not reach them
+    sizes, products = (256, 512, 1024, 2048), 1
+    if device != "cpu":  # many at a time, since waiting for the device takes as long as one
+        sizes, products = (512, 1024, 2048, 4096, 8192), 16
+
     # what a library does once, at its first product, is no part of a peak
     small = torch.ones(8, 8, device=device, dtype=dtype)
     (small @ small)[0, 0].item()
 
-    # large products are the fastest; a slow device, or an emulated dtype, does not reach them
     best = 0.0
     seconds_left = 0.6
-    for n in (256, 512, 1024, 2048):
+    for n in sizes:
         generator = torch.Generator().manual_seed(0)
         a = torch.rand(n, n, generator=generator).to(device, dtype)
         for _ in range(12):
             if seconds_left <= 0:
                 break
             start = time.monotonic()
-            (a @ a)[0, 0].item()
+            for _ in range(products):
+                product = a @ a
+            product[0, 0].item()
             seconds = time.monotonic() - start
-            best = max(best, 2 * n**3 / seconds)
+            best = max(best, products * 2 * n**3 / seconds)
             seconds_left -= seconds
     return best
 
@@ -133,49 +177,77 @@ def measure_peak(device, dtype):
 # The compiler
 
 
-def compile_checked(model, scale, *batch):
+def compile_checked(model, *batch):
     """Return the compiled model, or with a warning the model itself if its compiler is not right.
 
-    scale: function of the loss, whose gradients are compared. batch: what the model takes.
-
-    The comparison with eager gradients is worth its seconds: torch 2.13 silently compiles one way
-    to write rotary positions to wrong gradients. With dropout the two differ anyway, and only
-    values that are not finite are found.
+    batch: what the model takes to return its loss. The gradients of both are compared, without
+    dropout, since its noise differs. That is worth its seconds: torch 2.13 silently compiles one
+    way to write rotary positions to wrong gradients.
     """
-    # matrices only: the gradient of the bias of a key is zero, but for noise
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    gradients = []
+    names = [name for name, _ in model.named_parameters()]
+    had_dropout = model.config.dropout > 0 and model.training
+    model.train(not had_dropout)
     try:
+        try:
+            expected, scale = finite_gradients(model, model, batch)
+        except RuntimeError as e:
+            if not is_out_of_memory(e):
+                raise
+            expected = None  # unchecked: eager needs more memory than compiled
         compiled = torch.compile(model, dynamic=False)  # shapes are fixed, and that is the fastest
-        for forward in (compiled, model):
-            gradients.append(torch.autograd.grad(scale(forward(*batch)), matrices))
+        if expected is None:
+            return compiled
+        found = gradients_of(compiled, model, batch, scale)
     except Exception as e:
-        if not is_out_of_memory(e):
-            print(f"warning: torch.compile does not work here, going on without: {one_line(e)}")
-            return model
-        if not gradients:
+        if is_out_of_memory(e):
             raise
-        return compiled  # unchecked: the eager pass needs more memory than the compiled one
+        print(f"warning: torch.compile does not work here, going on without: {one_line(e)}")
+        return model
+    finally:
+        model.train()
 
-    error = largest_error(*gradients)
-    if error == math.inf or (error > 0.5 and not model.config.dropout):
-        print(f"warning: torch.compile changes a gradient by {error:.0%}, going on without")
+    error, name = largest_error(found, expected, names)
+    if error > 0.5:
+        what = f"the gradient of {name} by {error:.0%}"
+        print(f"warning: torch.compile changes {what}, going on without")
         return model
     return compiled
 
 
-def largest_error(gradients, expected_gradients):
-    """Return the largest relative error among gradients, in the norm; inf if one is not finite.
+def gradients_of(forward, model, batch, scale):
+    """Return the gradients of all parameters, scaled."""
+    return torch.autograd.grad(forward(*batch) * scale, list(model.parameters()))
 
-    Expected gradients that are not finite are left out: the first scales for fp16 overflow.
+
+def finite_gradients(forward, model, batch):
+    """Return (gradients, the factor that they are scaled by).
+
+    In fp16 small gradients vanish unless the loss is scaled up, and large ones overflow if it is
+    scaled too much. So the factor falls until all are finite.
     """
-    largest = 0.0
-    for gradient, expected in zip(gradients, expected_gradients):
-        if not expected.isfinite().all():
-            continue
+    scale = 2.0**16 if model.dtype == torch.float16 else 1.0
+    while True:
+        gradients = gradients_of(forward, model, batch, scale)
+        is_finite = all(gradient.isfinite().all() for gradient in gradients)
+        if is_finite or scale <= 1.0:
+            return gradients, scale
+        scale /= 4
+
+
+def largest_error(found, expected, names):
+    """Return (the largest relative error among gradients, the name of its parameter).
+
+    The error is in the norm, and infinite if a gradient is not finite.
+    """
+    largest = (0.0, "")
+    for name, gradient, correct in zip(names, found, expected):
         # in thirds, so that queries, keys and values count one by one
-        for part, expected_part in zip(gradient.chunk(3), expected.chunk(3)):
-            norm = expected_part.norm().clamp(min=1e-30)
-            error = (part - expected_part).norm() / norm
-            largest = max(largest, error.nan_to_num(math.inf).item())
+        for part, correct_part in zip(gradient.chunk(3), correct.chunk(3)):
+            norm = correct_part.norm()
+            if correct.ndim < 2:
+                # sums over all tokens, of which some are zero but for rounding: a key's bias
+                norm = torch.maximum(norm, 0.1 * correct.norm())
+            error = (part - correct_part).norm() / norm.clamp(min=1e-30)
+            error = error.nan_to_num(math.inf).item()
+            largest = max(largest, (error, name))
     return largest

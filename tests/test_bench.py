@@ -99,25 +99,24 @@ def test_mistakes_are_one_line(run, home):
 # --------------------------------------------------------------------------------------------------
 # Nothing is lost by our batches of similar lengths: minutes, so only `make slow` runs it
 
-SCORED = ["docs_package", "docs_next"]  # single texts, and pairs
-SETTINGS = ["--glue_epochs=2", "--glue_seeds=2", "--glue_max_train=1000", "--dtype=float32"]
+SETTINGS = ["--glue_epochs=3", "--glue_seeds=2", "--glue_max_train=600", "--glue_max_len=64"]
 
 
 @pytest.mark.slow
 def test_a_plain_loop_of_transformers_scores_like_finetune_glue(run, home):
     """On the exported model, shuffled, padded to glue_max_len, with the settings of glue.json."""
-    size = ["--max_steps=300", "--batch_size=16", "--micro_batch_size=16", "--compile=False"]
+    size = ["--max_steps=200", "--batch_size=16", "--micro_batch_size=16", "--compile=False"]
+    common = ["--tasks=docs_package", "--dtype=float32"]
     for script, words in (("prepare.py", []), ("train.py", size), ("finetune_glue.py", SETTINGS)):
-        message, output = run(script, "config/demo.py", *words, f"--tasks={','.join(SCORED)}")
+        message, output = run(script, "config/demo.py", *common, *words)
         assert message is None, message
     assert run("export_hf.py", "out/demo", "--to=exported")[0] is None
-    row = json.loads(Path("out/demo/glue.json").read_text())["rows"]["run"]
-    for name in SCORED:
-        ours = row[name]["scores"]
-        theirs = [score_of_plain_loop(name, row[name]["settings"], seed) for seed in range(2)]
-        print(f"{name}: finetune_glue.py {ours}, transformers {theirs}")
-        assert abs(np.mean(ours) - np.mean(theirs)) < 3.0
-        assert min(ours + theirs) > {"docs_package": 40.0, "docs_next": 52.0}[name]
+    entry = json.loads(Path("out/demo/glue.json").read_text())["rows"]["run"]["docs_package"]
+    ours = entry["scores"]
+    theirs = [score_of_plain_loop("docs_package", entry["settings"], seed) for seed in range(2)]
+    print(f"docs_package: finetune_glue.py {ours}, transformers {theirs}")
+    assert abs(np.mean(ours) - np.mean(theirs)) < 3.0
+    assert min(ours + theirs) > 30.0  # of six packages, about as many examples of each
 
 
 def score_of_plain_loop(name, settings, seed):

@@ -128,6 +128,43 @@ def test_help_prints_keys_defaults_and_comments(run):
     assert "--n_layer=16" in text and "--glue_epochs" not in text
 
 
+MEANINGLESS = [
+    ["--schedule=triangle", "--warmup=0.1"],
+    ["--schedule=ramp", "--warmup=0.1"],
+    ["--warmup=0.1"],  # the default is a triangle
+    ["--schedule=constant", "--cooldown=0.5"],
+    ["--schedule=linear", "--cooldown=0.5"],
+    ["--schedule=cosine", "--cooldown=0.5"],
+    ["--schedule=trapezoid", "--triangle_base=0.5"],
+    ["--rotary_base=50", "--position=learned", "--rotary_base=60"],
+    ["--optimizer=Adafactor", "--beta1=0.5"],
+]
+
+
+@pytest.mark.parametrize("args", MEANINGLESS, ids=" ".join)
+def test_a_setting_without_a_meaning_is_refused_if_it_comes_later(args):
+    message = refused(*args)
+    assert "has no meaning with" in message and "leave it out" in message
+
+
+def test_a_setting_without_a_meaning_is_dropped_if_it_is_inherited(tmp_path, capsys):
+    """By an override, and by a file that changes the schedule of its base, in any stage."""
+    words = ["--schedule=cosine", "--warmup=0.1", "--schedule=triangle"]
+    assert resolved(*words)["warmup"] == 0.0
+    assert "warmup = 0.1 has no meaning with schedule = 'triangle'" in capsys.readouterr().out
+    base, file = tmp_path / "base.py", tmp_path / "c.py"
+    base.write_text('schedule = "cosine"\nwarmup = 0.1\n')
+    run_base = f"exec(open({str(base)!r}).read())\n"
+    file.write_text(run_base + 'schedule = "triangle"\n')
+    for script in STAGES:
+        assert resolved(str(file), script=script)["warmup"] == 0.0
+    assert capsys.readouterr().out.count("is left out") == 1  # by the stage whose key it is
+    file.write_text(run_base + 'schedule = "triangle"\nwarmup = 0.2\n')
+    assert "warmup = 0.2 has no meaning" in refused(str(file))
+    file.write_text(run_base + 'schedule = "linear"\n')
+    assert resolved(str(file))["warmup"] == 0.1
+
+
 # --------------------------------------------------------------------------------------------------
 # What a person may do to a fork
 

@@ -259,18 +259,30 @@ def test_the_time_after_the_last_checkpoint_counts(run, tiny_data):
     )
 
 
+def forecast(capsys, order, speed, counts=None):
+    """Return what is said of 36,000 tokens in an hour at `speed` tokens/s."""
+    meta = {"settings": {"order": order}, "counts": counts or {}}
+    train.forecast(np.zeros((1000, 36), np.uint16), meta, speed, 0, 3600.0, 1.0)
+    return capsys.readouterr().out
+
+
 def test_a_sorted_corpus_beyond_the_budget_is_a_warning(capsys):
     for order, speed, warns in (
         ("sentence_length", 5.0, True),
         ("shuffle", 5.0, False),
         ("sentence_length", 10.0, False),
     ):
-        meta = {"settings": {"order": order}}
-        train.forecast(np.zeros((1000, 36), np.uint16), meta, speed, 0, 3600.0, 1.0)
-        out = capsys.readouterr().out
-        assert (
-            "max_rows=500 cuts after sorting" in out
-        ) == warns and f"{speed / 10:.0%} of one epoch" in out
+        out = forecast(capsys, order, speed)
+        assert ("max_rows=500 cuts after sorting" in out) == warns
+        assert f"{speed / 10:.0%} of one epoch" in out
+
+
+def test_a_corpus_that_is_repeated_is_a_warning_that_says_how_much_text_fits(capsys):
+    out = forecast(capsys, "sentence_length", 30.0, {"characters": 144_000})
+    assert "seen 3.0 times, and its order (sentence_length) comes round again" in out
+    assert "max_chars=4.3e+05 fits" in out  # three times 144,000
+    assert "seen 3.0 times; " in forecast(capsys, "shuffle", 30.0)
+    assert "warning" not in forecast(capsys, "shuffle", 10.5)
 
 
 def test_a_run_learns_more_than_unigrams(run, tiny_data):
@@ -442,7 +454,8 @@ def test_the_clock_stops_the_run_and_counts_earlier_parts(run, tiny_data, home):
     process.communicate()
     spent = log()[-1]["hours"]
     message, output = run("train.py", *TINY, *budget, "--checkpoint_minutes=9.0")
-    assert message is None and "continuing" in output and "h of budget, the corpus lasts" in output
+    assert message is None and "continuing" in output
+    assert output.count("h of budget, the corpus lasts") == 1
     hours = [e["hours"] for e in log()]
     assert hours == sorted(hours) and not [h for h in hours if h > 0.00125]
     later = [e for e in log() if e["hours"] > spent]
@@ -456,6 +469,9 @@ def test_the_end_of_the_corpus(run, tiny_data):
     ids = train.next_rows(np.arange(10, dtype=np.uint16).reshape(5, 2), 4, 3, "cpu")
     assert ids.tolist() == [[8, 9], [0, 1], [2, 3]]
     message, output = run("train.py", *TINY, f"--max_steps={rows // 8 + 5}")
+    assert message is None and output.count("the corpus ends") == 1
+    large = [f"--batch_size={8 * (rows // 8 + 1)}", "--micro_batch_size=8", "--out_dir=out/large"]
+    message, output = run("train.py", *TINY, *large, "--max_steps=3")  # an epoch in each step
     assert message is None and output.count("the corpus ends") == 1
 
 
@@ -606,7 +622,7 @@ def test_a_broken_compiler_is_a_warning(run, tiny_data, monkeypatch):
     message, output = run(
         "train.py", *TINY, "--max_steps=3", "--compile=True", "--out_dir=out/wrong"
     )
-    assert message is None and "torch.compile changes a gradient by" in output
+    assert message is None and "torch.compile changes the gradient of" in output
 
     Wrong.forward = lambda self, *batch: (
         self.model(*batch) * math.nan
@@ -614,7 +630,7 @@ def test_a_broken_compiler_is_a_warning(run, tiny_data, monkeypatch):
     message, output = run(
         "train.py", *TINY, "--max_steps=3", "--compile=True", "--dropout=0.1", "--out_dir=out/nan"
     )
-    assert message is None and "torch.compile changes a gradient by" in output
+    assert message is None and "torch.compile changes the gradient of" in output
 
 
 # --------------------------------------------------------------------------------------------------
