@@ -184,3 +184,61 @@ def score_of_plain_loop(name, settings, seed):
         logits = torch.cat([logits_of(dev[i : i + 64]) for i in range(0, len(dev), 64)])
     labels = np.array([label for _, _, label in dev])
     return METRICS[task.metric](logits.argmax(-1).numpy(), labels)
+
+
+def test_a_report_has_machine_commit_and_command(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "RESULTS", tmp_path / "bench")
+    entries = [bench.show("ours", [2.0, 1.0, 4.0], 100, "tokens/s", 25.0, 10**9)]
+    bench.write_report(["train", "demo"], entries)
+    (path,) = (tmp_path / "bench").glob("train-*.json")
+    report = json.loads(path.read_text())
+    assert report["command"] == ["train", "demo"] and report["machine"]["cores"] >= 1
+    assert report["entries"][0]["rates"] == [50.0, 100.0, 25.0] and "commit" in report
+
+
+def test_the_headline_is_the_best_of_ours_against_the_best_of_theirs(capsys):
+    usual = "BertForMaskedLM, float32, eager"
+    bench.show_ratios({"nanoCram, eager": 1.1, usual: 5.0, "ModernBertForMaskedLM, compiled": 2.0})
+    first, second = capsys.readouterr().out.splitlines()
+    assert "2.00 times as fast as the best of theirs: ModernBertForMaskedLM, compiled" in first
+    assert "5.00 times as fast as BertForMaskedLM as it comes" in second
+
+
+def test_the_speed_of_the_recipe_follows_from_one_and_four_micro_batches(monkeypatch, capsys):
+    """0.1 s for the optimizer and 0.5 s per micro-batch: 32 of them take 16.1 s."""
+
+    class Worker:
+        def __init__(self, make, recipe, compiled):
+            assert recipe.rows == 256
+
+        def turn(self):
+            return Turn(2.1, 0)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+    monkeypatch.setattr(bench, "Worker", Worker)
+    shape = bench.Shape(1, 32, 2, 90, 64)
+    recipe = Recipe({"batch_size": 2048}, 64, 64)
+    found = bench.show_recipe_speed(recipe, shape, 1e9, 0.6, 1e10)
+    assert found["mfu of the recipe"] == pytest.approx(32 * 1e9 / 16.1 / 1e10)
+    assert f"{2048 * 128 / 16.1:,.0f} tokens/s" in capsys.readouterr().out
+
+
+def test_the_rivals_get_no_mask_of_ones(monkeypatch):
+    """Compiled, such a mask would keep flash attention out."""
+    transformers = pytest.importorskip("transformers")
+    seen = []
+    plain = transformers.BertForMaskedLM.forward
+
+    def watched(self, *args, **kwargs):
+        seen.append(kwargs.get("attention_mask"))
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.BertForMaskedLM, "forward", watched)
+    shape = bench.Shape(1, 32, 2, 90, 2)
+    bench.make_their_step(shape, "Bert", "cpu", torch.float32, False)()
+    assert seen == [None]

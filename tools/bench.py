@@ -6,6 +6,7 @@ in brackets, the extremes.
 
 import argparse
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -25,10 +26,11 @@ from finetune_glue import batches, collate
 from model import BERT, Classifier, Config, flops_per_token
 from nanocram.configurator import ROOT, resolve
 from nanocram.device import make_deterministic, peak_flops, pick_device, pick_dtype
-from nanocram.faults import Fault, one_line, run_script
+from nanocram.faults import Fault, one_line, run_script, write_json
 from nanocram.optim import make_optimizers
 from nanocram.sources import read_documents
 
+RESULTS = ROOT / "results" / "bench"
 SEQ_LEN = 128
 REPEATS = 5  # turns of each candidate
 GPU_ROWS = 256  # in a micro-batch on a GPU, for all shapes
@@ -187,10 +189,10 @@ def make_their_step(shape, kind, device, dtype, compiled):
     # a batch of random tokens, a quarter of which count in the loss
     ids = torch.randint(5, shape.vocab_size, (shape.rows, SEQ_LEN), device=device)
     labels = ids.masked_fill(torch.rand(ids.shape, device=device) > 0.25, -100)
-    mask = torch.ones_like(ids)
 
     def step():
-        forward(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+        # no mask: one of ones would become (B, 1, T, T), and keep flash attention out
+        forward(input_ids=ids, labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -244,6 +246,7 @@ class Worker:
 def serve_turns(connection, make, args):
     """Make a step, and send a Turn of it whenever the other end asks for one."""
     try:
+        pick_device("auto")  # has an allocator setting that is worth 8 to 15 %: for all candidates
         step = make(*args)
         step()
         while connection.recv():
@@ -291,7 +294,10 @@ def take_turns(candidates, repeats):
 
 
 def show(title, seconds, work, unit, base=None, memory=None):
-    """Print one line: work per second, its extremes, its ratio to `base`, and gigabytes."""
+    """Print one line: work per second, its extremes, its ratio to `base`, and gigabytes.
+
+    Returns the same as an entry of the report.
+    """
     rates = sorted(work / s for s in seconds)
     extremes = f"[{rates[0]:,.0f}, {rates[-1]:,.0f}]"
     line = f"  {title:<46} {median(rates):>11,.0f} {extremes} {unit}"
@@ -300,6 +306,38 @@ def show(title, seconds, work, unit, base=None, memory=None):
     if memory:
         line += f"   {memory / 1e9:.2f} GB"
     print(line, flush=True)
+    return {"what": title, "unit": unit, "rates": [work / s for s in seconds], "bytes": memory}
+
+
+def write_report(command, entries):
+    """Write what was measured to results/bench, with the machine, the commit and the command."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    capabilities = torch.cpu.get_capabilities()
+    machine = {
+        "processor": processor_name(),
+        "cores": os.cpu_count(),
+        "avx512_bf16": bool(capabilities.get("avx512_bf16")),
+        "amx": bool(capabilities.get("amx_bf16")),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": str(torch.__version__),
+    }
+    now = time.strftime("%Y-%m-%d-%H%M%S", time.gmtime())
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{command[0]}-{now}.json"
+    report = {"command": command, "commit": commit, "date": now, "machine": machine}
+    write_json(path, report | {"entries": entries})
+    print(path)
+
+
+def processor_name():
+    """Return the processor's name as Linux has it, or what Python knows."""
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -310,14 +348,17 @@ def bench_train(names):
     """Print the tokens per second of full training steps, ours and those of transformers."""
     import_transformers()
     device = pick_device("auto")
+    entries = []
     for name in names:
         shape = SHAPES[name]
         if device == "cuda":
             shape = replace(shape, rows=GPU_ROWS)
         try:
-            bench_shape(name, shape, device, pick_dtype(device, "auto"))
+            found = bench_shape(name, shape, device, pick_dtype(device, "auto"))
         except ProcessEnded as e:
             raise Fault(f"{name}: our compiled step ended, see above; out of memory?") from e
+        entries += [{"shape": name} | entry for entry in found]
+    return entries
 
 
 def recipe_of_shape(shape):
@@ -360,6 +401,8 @@ def bench_shape(name, shape, device, dtype):
 
     turns = []  # of ours
     peaks = []  # FLOP/s, measured before each of them
+    entries = []
+    ratios = {}  # {label: how many times as fast ours is}
     with Worker(make_our_step, recipe, True) as ours:
         # the others one after the other, so that two models at most share the memory
         for label, candidate in candidates_next_to(recipe, shape, device, dtype).items():
@@ -376,11 +419,15 @@ def bench_shape(name, shape, device, dtype):
             # relative to our own turns in these rounds
             our_speed = tokens / median(turn.seconds for turn in turns[-REPEATS:])
             seconds = [turn.seconds for turn in rounds]
-            show(label, seconds, tokens, "tokens/s", our_speed, rounds[-1].memory)
+            memory = rounds[-1].memory
+            entries.append(show(label, seconds, tokens, "tokens/s", our_speed, memory))
+            ratios[label] = our_speed / (tokens / median(seconds))
 
     # ours, over the turns against all of them
     seconds = [turn.seconds for turn in turns]
-    show("nanoCram, compiled", seconds, tokens, "tokens/s", None, turns[-1].memory)
+    memory = turns[-1].memory
+    entries.append(show("nanoCram, compiled", seconds, tokens, "tokens/s", None, memory))
+    show_ratios(ratios)
 
     # where the time of our compiled step goes
     total = median(sum(turn.parts.values()) for turn in turns)
@@ -395,7 +442,68 @@ def bench_shape(name, shape, device, dtype):
     flops = tokens * flops_per_token(model_config(recipe.config), SEQ_LEN, n_masked)
     mfu = median(flops / turn.seconds / peak for turn, peak in zip(turns, peaks))
     peak = f"{median(peaks) / 1e12:.2f} TFLOP/s in {name_of(dtype)}"
-    print(f"  MFU {mfu:.0%} of {peak}, {peak_flops(device, dtype)[1]}\n")
+    print(f"  MFU {mfu:.0%} of {peak}, {peak_flops(device, dtype)[1]}")
+
+    more = show_recipe_speed(recipe, shape, flops, median(seconds), median(peaks))
+    return [*entries, {"what": "MFU", "mfu": mfu, "peak": median(peaks)} | more]
+
+
+def show_recipe_speed(recipe, shape, flops, one, peak):
+    """Print the speed and MFU of the recipe, whose step has many micro-batches.
+
+    flops, one: of a step with one micro-batch, the latter in seconds. peak: FLOP/s.
+    """
+    # the optimizer moves once per step: what more micro-batches cost is without it
+    with Worker(make_our_step, replace(recipe, rows=4 * shape.rows), True) as ours:
+        four = median(ours.turn().seconds for _ in range(REPEATS))
+    per_micro_batch = (four - one) / 3
+    n_micro = recipe.config["batch_size"] // shape.rows
+    seconds = one + (n_micro - 1) * per_micro_batch
+
+    # print
+    speed = n_micro * shape.rows * SEQ_LEN / seconds
+    mfu = n_micro * flops / seconds / peak
+    rows = f"{recipe.config['batch_size']:,} rows per step"
+    print(
+        f"  as the recipe runs, {rows}: {speed:,.0f} tokens/s, MFU {mfu:.0%}, computed from steps"
+    )
+    print(f"  of one and of four micro-batches ({one:.3f} s and {four:.3f} s)\n")
+    return {"mfu of the recipe": mfu, "seconds of 1 and 4 micro-batches": [one, four]}
+
+
+def show_ratios(ratios):
+    """Print how many times as fast ours is: the best against the best, then as it comes."""
+    theirs = {label: ratio for label, ratio in ratios.items() if "nanoCram" not in label}
+    if not theirs:
+        return
+    best = min(theirs, key=theirs.get)
+    print(
+        f"  nanoCram, compiled, is {theirs[best]:.2f} times as fast as the best of theirs: {best}"
+    )
+    usual = "BertForMaskedLM, float32, eager"
+    if usual in theirs:
+        print(f"  and {theirs[usual]:.2f} times as fast as BertForMaskedLM as it comes: {usual}")
+
+
+def profile_step(name):
+    """Print where the time of our eager step goes, by operation, and write a trace of it."""
+    from torch.profiler import ProfilerActivity, profile
+
+    device = pick_device("auto")
+    shape = replace(SHAPES[name], rows=GPU_ROWS) if device == "cuda" else SHAPES[name]
+    step = make_our_step(recipe_of_shape(shape), False)
+    step()
+    activities = [ProfilerActivity.CPU]
+    if device == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as profiler:
+        for _ in range(3):
+            step()
+    table = profiler.key_averages()
+    print(table.table(sort_by=f"self_{device}_time_total", row_limit=25, max_name_column_width=40))
+    path = f"profile-{name}.json"
+    profiler.export_chrome_trace(path)
+    print(f"{path}: open it in chrome://tracing or ui.perfetto.dev")
 
 
 def relative_speeds(recipes):
@@ -456,8 +564,10 @@ def bench_prepare(folder):
 
     # all of them tokenize, so that alone is what they are compared with
     base = median(n_chars / s for s in times["tokenizers.encode_batch alone"])
+    entries = []
     for label, seconds in times.items():
-        show(label, seconds, n_chars, "characters/s", base)
+        entries.append(show(label, seconds, n_chars, "characters/s", base))
+    return entries
 
 
 def prepare_candidates(home, folder, texts):
@@ -576,8 +686,10 @@ def bench_finetune():
     # relative to what a user of transformers gets without asking for another dtype
     times = take_turns(candidates, 3)
     base = median(len(rows) / s for s in times[f"transformers, padded to {SEQ_LEN}, float32"])
+    entries = []
     for label, seconds in times.items():
-        show(label, seconds, len(rows), "examples/s", base)
+        entries.append(show(label, seconds, len(rows), "examples/s", base))
+    return entries
 
 
 def padded_logits(model, rows, device):
@@ -624,6 +736,8 @@ def main(argv=None):
     sizes = [f"{name} ({s.n_layer} x {s.width}, {s.vocab_size:,})" for name, s in SHAPES.items()]
     about_shapes = f"layers x width, vocabulary: {', '.join(sizes)}; default: demo small"
     command.add_argument("shapes", nargs="*", metavar="SHAPE", help=about_shapes)
+    about_profile = "instead, show where the time of our eager step goes, by operation"
+    command.add_argument("--profile", action="store_true", help=about_profile)
 
     # prepare
     about = "prepare.py, next to encode_batch of tokenizers alone and to datasets.map"
@@ -640,11 +754,16 @@ def main(argv=None):
         unknown = [name for name in args.shapes if name not in SHAPES]
         if unknown:
             raise Fault(f"there is no shape {unknown[0]}; known are {', '.join(SHAPES)}")
-        bench_train(args.shapes or ["demo", "small"])
+        shapes = args.shapes or ["demo", "small"]
+        if args.profile:
+            profile_step(shapes[0])
+            return
+        entries = bench_train(shapes)
     elif args.command == "prepare":
-        bench_prepare(args.folder)
+        entries = bench_prepare(args.folder)
     else:
-        bench_finetune()
+        entries = bench_finetune()
+    write_report(argv or sys.argv[1:], entries)
 
 
 if __name__ == "__main__":
