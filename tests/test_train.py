@@ -4,6 +4,7 @@ import math
 import os
 import pickle
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import model
 import train
 from nanocram import runs
 from nanocram.faults import Fault
+from nanocram.optim import NorMuon
 
 NANOCRAM = "--optimizer=muon --position=rotary --qk_norm=True --neighbour_keys=True".split()
 NANOCRAM += "--value_residual=True --embedding_skip=True".split()
@@ -185,17 +187,41 @@ def test_losses_at_new_and_at_seen_words():
 # Runs
 
 
-def test_a_run_is_the_loop_written_plainly(run, tiny_data):
-    """Schedule, ramp, clipping, decay, masks by seed and step, and the data in their order, in
-    another loop.
+def plain_optimizers(bert, optimizer):
+    """Return optimizers with a decay of 5 and groups by the names of parameters."""
+    named = dict(bert.named_parameters())
+    matrices = {3: [], 2: [], 1: []}  # by how many matrices one parameter holds
+    if optimizer == "muon":
+        for i in range(2):
+            block = f"blocks.{i}."
+            matrices[3].append(named.pop(f"{block}attention.qkv.weight"))
+            matrices[1].append(named.pop(f"{block}attention.out.weight"))
+            matrices[2].append(named.pop(f"{block}feed_forward.up.weight"))
+            matrices[1].append(named.pop(f"{block}feed_forward.down.weight"))
+    vectors = [p for name, p in named.items() if re.search("norm|position_scale", name)]
+    others = [p for name, p in named.items() if not re.search("norm|position_scale", name)]
+    groups = [{"params": others, "weight_decay": 5.0}, {"params": vectors, "weight_decay": 0.0}]
+    opts = [torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-12)]
+    if optimizer == "muon":
+        groups = [{"params": params, "parts": n} for n, params in matrices.items()]
+        opts.append(NorMuon(groups, 1.0, 5.0, torch.float32))
+    return opts
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_is_the_loop_written_plainly(run, tiny_data, optimizer):
+    """Schedule, ramp, clipping, decay, masks by seed and step, and the data in their order.
+
+    In another loop, without micro-batches: the norm of the gradient at each step, and the weights.
     """
     args = [
         "--max_steps=12",
         "--batch_size=24",
         "--batch_ramp=0.6",
         "--batch_ramp_rows=8",
-        "--micro_batch_size=8",
+        "--micro_batch_size=4",
         "--seed=7",
+        f"--optimizer={optimizer}",
     ]
     args += ["--weight_decay=5.0", "--grad_clip=0.1"]
     assert run("train.py", *TINY, *args)[0] is None
@@ -203,14 +229,11 @@ def test_a_run_is_the_loop_written_plainly(run, tiny_data):
     torch.manual_seed(7)
     bert = model.BERT(model.Config(**{k: config[k] for k in model.Config.__dataclass_fields__}))
     begin = {k: v.clone() for k, v in bert.state_dict().items()}
-    groups = [
-        {"params": [p for p in bert.parameters() if (p.ndim > 1) == m], "weight_decay": 5.0 * m}
-        for m in (True, False)
-    ]
-    opt, at = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-12), 0
+    opts, at = plain_optimizers(bert, optimizer), 0
     data = torch.from_numpy(
         np.fromfile("data/tiny/train.bin", np.uint16).reshape(-1, 32).astype(np.int64)
     )
+    norms = []
     for step in range(12):
         p = step / 12
         n = min(8 * (math.floor(24 * p / (0.6 * 8)) + 1), 24)
@@ -219,12 +242,14 @@ def test_a_run_is_the_loop_written_plainly(run, tiny_data):
         )
         inputs, positions, targets = train.mask_tokens(data[at : at + n], 8, 4, 90, noise)
         bert(inputs, train.flat_positions(positions, 32), targets.flatten()).backward()
-        for group in opt.param_groups:
-            group["lr"] = config["learning_rate"] * min(0.25 + p, (1 - p) / 0.25)
-        torch.nn.utils.clip_grad_norm_(bert.parameters(), 0.1)
-        opt.step()
-        opt.zero_grad()
+        norms.append(torch.nn.utils.clip_grad_norm_(bert.parameters(), 0.1).item())
+        for opt in opts:
+            for group in opt.param_groups:
+                group["lr"] = config["learning_rate"] * min(0.25 + p, (1 - p) / 0.25)
+            opt.step()
+            opt.zero_grad()
         at += n
+    assert [e["grad_norm"] for e in log()] == pytest.approx(norms, rel=1e-3)
     for k, v in bert.state_dict().items():
         assert (weights()[k] - v).norm() < 0.01 * (v - begin[k]).norm() + 1e-7, k
 
@@ -768,6 +793,31 @@ def test_three_in_a_row_go_back_to_the_checkpoint_and_the_data_move_on(run, tiny
     (back,) = log(key="back_to_step")
     assert back["step"] == 42 and back["skipped"] == 3 and 1 <= back["back_to_step"] <= 42
     assert log()[-1]["tokens"] == 60 * 8 * 32 and log()[-1]["loss"] < log()[0]["loss"]
+
+
+def test_going_back_restores_the_weights_of_the_checkpoint(run, tiny_data, monkeypatch):
+    """Saved at step 10; steps 40 to 42 are not finite; step 43 begins with the saved weights."""
+    args = [*TINY, "--max_steps=60"]
+
+    def stop(loss, model):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return loss
+
+    with monkeypatch.context() as patch:
+        sabotage(patch, {10}, stop)
+        assert "saved at step 10" in run("train.py", *args)[0]
+    saved = torch.load("out/tiny/ckpt.pt", weights_only=True)["model"]
+    seen = []
+
+    def break_three_and_watch(loss, model):
+        seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return loss * math.nan if len(seen) < 4 else loss
+
+    sabotage(monkeypatch, {30, 31, 32, 33}, break_three_and_watch)  # counted after step 10
+    assert run("train.py", *args)[0] is None
+    assert [e["back_to_step"] for e in log(key="back_to_step")] == [10]
+    assert any(not torch.equal(seen[2][name], saved[name]) for name in saved)
+    assert all(torch.equal(seen[3][name], saved[name]) for name in saved)
 
 
 def test_a_run_that_stays_broken_stops_with_a_diagnosis(run, tiny_data, monkeypatch):
