@@ -23,7 +23,7 @@ from nanocram.faults import Fault, one_line, replace_file, write_json
 CHECKPOINT_PARTS = "model optimizers scaler step tokens rows elapsed world torch".split()
 # What other scripts make of a run, or an earlier run left: none of it belongs to a new one.
 OUTPUT_FILES = ["ckpt.pt", "model.pt", "rules.json", "glue.json", "glue.md", "submission.zip"]
-OUTPUT_FOLDERS = ["submission", "classifiers", "scratch"]
+OUTPUT_FOLDERS = ["submission", "classifiers", "predictions", "checkpoints", "scratch"]
 
 
 def save_torch(path, value):
