@@ -342,9 +342,12 @@ class Start:
             self.model_config = bert.config
             self.weights = {} if self.init == "scratch" else bert.state_dict()
             self.pooler = None
+            self.two_seps = True
         else:
-            their_config, self.weights, self.tokenizer, self.pooler = load_bert(self.init)
-            self.model_config = replace(their_config, dropout=config["glue_dropout"])
+            theirs = load_bert(self.init)
+            self.weights, self.tokenizer = theirs.weights, theirs.tokenizer
+            self.pooler, self.two_seps = theirs.pooler, theirs.two_seps
+            self.model_config = replace(theirs.config, dropout=config["glue_dropout"])
             try:
                 BERT(self.model_config).load_state_dict(self.weights)
             except (RuntimeError, ValueError) as e:
@@ -385,9 +388,9 @@ class Start:
         second = [b or "" for _, b, _ in examples]
         first = self.tokenizer.encode_batch_fast(first, add_special_tokens=False)
         second = self.tokenizer.encode_batch_fast(second, add_special_tokens=False)
-        # a BERT of Hugging Face was trained on `[CLS] A [SEP]` if there is one text
+        # the original BERT was trained on `[CLS] A [SEP]` if there is one text
         is_single = examples[0][1] is None
-        last_sep = self.is_ours or not is_single
+        last_sep = self.two_seps or not is_single
         rows = []
         n_cut = 0
         for a, b in zip(first, second):

@@ -214,7 +214,7 @@ def verdicts(rows, record, overlap=None):
     pretrained = [init for init in rows if init not in ("run", "scratch")]
     if pretrained:
         names = ", ".join(pretrained)
-        found[NO_MODEL] = entry(BROKEN, f"pretrained weights start the row {names}")
+        found[NO_MODEL] = entry(BROKEN, f"the row {names} starts from pretrained weights")
 
     # rule 5, on fine-tuning
     broken = []
