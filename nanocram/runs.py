@@ -175,13 +175,25 @@ class StopRequest:
 
 
 def read_log(path):
-    """Return the entries of a log.jsonl, without a line that a kill has torn."""
+    """Return the entries of a log.jsonl, without lines that are damaged, which are counted.
+
+    A kill may have torn the last line; that is nothing to tell.
+    """
     entries = []
-    for line in Path(path).read_text().splitlines():
+    damaged = []
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
         try:
-            entries.append(json.loads(line))
+            entry = json.loads(line)
         except ValueError:
-            continue
+            entry = None
+        if isinstance(entry, dict) and "hours" in entry:
+            entries.append(entry)
+        elif number < len(lines):
+            damaged.append(number)
+    if damaged:
+        found = f"{len(damaged):,} damaged lines, the first is line {damaged[0]}"
+        print(f"warning: {path} has {found}; they are left out")
     return entries
 
 

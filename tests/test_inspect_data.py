@@ -27,7 +27,7 @@ def test_rows_and_overlap(run, tiny_data):
         Path("glue", table).mkdir(parents=True, exist_ok=True)
         other = "gol " * 12
         lines = {
-            "RTE": f"index\tsentence1\tsentence2\tlabel\n0\t{text}\t{other}\tentailment\n",
+            "RTE": f"index\tsentence1\tsentence2\tlabel\n0\t{other}\t{text}\tentailment\n",
             "CoLA": f"gj04\t1\t\t{other}\n",
             # a sentence of QNLI is Wikipedia's; only its questions are looked for
             "QNLI": f"index\tquestion\tsentence\n0\t{other}\t{text}\n",
@@ -35,16 +35,16 @@ def test_rows_and_overlap(run, tiny_data):
         Path("glue", table, f"{name}.tsv").write_text(lines[table])
     message, output = run("inspect_data.py", "data/tiny", "--rows=3", "--overlap=glue")
     assert message is None and output.count(f" of {len(rows)}: ") == 3, output
-    assert "RTE/dev.tsv: 1 of 2 sentences of 8 tokens or more are in data/tiny" in output
+    assert "RTE/dev.tsv: 1 of 1 sentences of 8 tokens or more are in data/tiny" in output
     assert "Raw text, no downstream data: broken" in output
 
     # meta.json has it, and nothing else has changed; the corpus still trains
     found = json.loads(Path("data/tiny/meta.json").read_text())
-    overlap = {"CoLA/train.tsv": [0, 1], "QNLI/test.tsv": [0, 1], "RTE/dev.tsv": [1, 2]}
+    overlap = {"CoLA/train.tsv": [0, 1], "QNLI/test.tsv": [0, 1], "RTE/dev.tsv": [1, 1]}
     assert found == meta | {"overlap": overlap}
     assert run("train.py", *TINY, "--max_steps=1")[0] is None
     rule = json.loads(Path("out/tiny/rules.json").read_text())[RAW_TEXT]
-    assert rule["verdict"] == "broken" and "1 of 2 sentences (RTE/dev.tsv)" in rule["did"]
+    assert rule["verdict"] == "broken" and "1 of 1 sentences (RTE/dev.tsv)" in rule["did"]
     assert "holds no GLUE" in run("inspect_data.py", "data/tiny", "--overlap=data")[0]
 
 

@@ -27,8 +27,9 @@ from nanocram.rules import overlap_verdict
 
 N_TOKENS = 8  # of a sentence, at least; shorter ones are in many texts by chance
 TEXT_COLUMN = re.compile(r"sentence[12]?|question[12]?|#[12] String")  # in a header of GLUE
-# QNLI's sentences are paragraphs of Wikipedia, its questions were written for the data set
-QNLI_COLUMN = re.compile("question")
+# In these tasks only one text was written for the data set. The other one is from raw text, such as
+# Wikipedia, which may well be in a corpus.
+WRITTEN_COLUMN = {"QNLI": "question", "MNLI": "sentence2", "RTE": "sentence2"}
 COLA_COLUMN = 3  # CoLA has no header, but for its test set
 
 
@@ -36,8 +37,8 @@ def sentences_of(path):
     """Return the different sentences in a table of GLUE, sorted."""
     # find the columns of text
     lines = [line.split("\t") for line in path.read_text("utf-8", "replace").split("\n")]
-    pattern = QNLI_COLUMN if path.parent.name == "QNLI" else TEXT_COLUMN
-    columns = [i for i, name in enumerate(lines[0]) if pattern.fullmatch(name.strip())]
+    pattern = WRITTEN_COLUMN.get(path.parent.name, TEXT_COLUMN)
+    columns = [i for i, name in enumerate(lines[0]) if re.fullmatch(pattern, name.strip())]
     if columns:
         lines = lines[1:]
     else:
