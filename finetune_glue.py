@@ -5,7 +5,9 @@ out/<run>/model.pt  ->  out/<run>/{glue.json, glue.md}
 
 The protocol is the paper's "GLUE sane". All tasks have the same hyperparameters. There are 5 epochs
 and the last one counts, so that nothing is selected on dev data. The median over several seeds is
-the score. A further call adds rows and tasks to the card; finished seeds are not repeated.
+the score. A further call adds rows and tasks to the card; finished seeds are not repeated, unless
+the weights, the tokenizer, the examples or a setting have changed. The paper used MNLI alone to
+develop the recipe and this protocol, so its other scores are not selected on their dev sets.
 """
 
 import hashlib
@@ -13,7 +15,7 @@ import math
 import platform
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +28,21 @@ from model import BERT, Classifier
 from nanocram.configurator import configure
 from nanocram.device import make_deterministic, pick_device, pick_dtype
 from nanocram.faults import Fault, one_line, run_script
-from nanocram.glue import ALSO, METRICS, Task, load_tasks, write_predictions, zip_predictions
+from nanocram.glue import (
+    ALSO,
+    METRICS,
+    Task,
+    constant_score,
+    load_tasks,
+    write_dev_predictions,
+    write_predictions,
+    zip_predictions,
+)
 from nanocram.huggingface import load_bert
 from nanocram.optim import make_optimizers
+from nanocram.rules import differing, read_record
 from nanocram.runs import open_run, save_torch
-from nanocram.scorecard import card_text, read_card, with_seed, write_card
+from nanocram.scorecard import card_text, open_card, put_aside, read_card, seeds_of, with_seed
 from nanocram.tokenizer import special_ids, vocab_size_of
 
 out_dir = "out/demo"  # folder of the run
@@ -56,6 +68,8 @@ glue_seeds = 5  # [1, inf) runs per task, with seeds 0, 1, ...; their median cou
 # output
 glue_submit = False  # predict the test sets with the first seed, in a zip for the GLUE server
 glue_save = False  # keep the first seed's classifiers in out_dir/classifiers, for tools.export_hf
+# [0, inf) save the state after an epoch if the last save is that many minutes old
+glue_checkpoint_minutes = 0.5
 # hardware
 device = "auto"  # {auto, cuda, mps, cpu} where to train
 dtype = "auto"  # {auto, float32, bfloat16, float16} of activations; auto: what the device does best
@@ -133,6 +147,8 @@ def collate(rows, index, ids, device, max_len):
 # --------------------------------------------------------------------------------------------------
 # One fine-tuning run
 
+CHECK_STEPS = 100  # steps after which the loss is looked at; each look waits for the GPU
+
 
 def learning_rate_factor(progress, warmup):
     """Return the learning rate as a fraction of its peak. progress: steps done, as a fraction.
@@ -156,17 +172,17 @@ def loss_of(outputs, labels):
     return F.cross_entropy(outputs, labels)
 
 
-def finetune(model, train, dev, ids, rng, config, bar):
+def finetune(model, train, dev, ids, seed, config, bar, checkpoint=None):
     """Train a classifier on (rows, labels), and score it on the dev sets after each epoch.
 
     dev: {name: (rows, labels, metric)}. Rows are lists of token ids, labels an array.
-    Return {name: score after each epoch}, and {name: the second metric after the last epoch}.
+    checkpoint: a Checkpoint, to continue after a kill. Return the Result.
     """
     rows, labels = train
     labels = torch.from_numpy(labels)
-    lengths = np.array([len(row) for row in rows])
     batch_size = min(config["glue_batch_size"], len(rows))
     n_steps = config["glue_epochs"] * (len(rows) // batch_size)
+    lengths = np.array([len(row) for row in rows])
     max_len = config["glue_max_len"]
     peak = config["glue_learning_rate"]
     decay = config["glue_weight_decay"]
@@ -175,11 +191,18 @@ def finetune(model, train, dev, ids, rng, config, bar):
     device = model.head.weight.device.type
     # in fp16 small gradients would become 0, so the loss is scaled up
     scaler = torch.amp.GradScaler(device, enabled=model.bert.dtype == torch.float16)
+    parts = {"model": model, "scaler": scaler}
+    parts |= {f"optimizer {i}": optimizer for i, optimizer in enumerate(optimizers)}
+    result = checkpoint.load(parts) if checkpoint else Result()
 
-    step = 0
-    scores = {name: [] for name in dev}
-    also = {}
-    for _ in range(config["glue_epochs"]):
+    step = result.n_epochs * (len(rows) // batch_size)
+    bar.update(step * batch_size)
+    for epoch in range(result.n_epochs, config["glue_epochs"]):
+        # an epoch's order and dropout depend on nothing before it, so it can be the first after a
+        # kill
+        began = time.monotonic()
+        rng = np.random.default_rng([seed, epoch])
+        torch.manual_seed(1000 * seed + epoch + 1)
         model.train()  # with dropout, which predict turns off
         for index in batches(lengths, batch_size, rng):
             # set the learning rate
@@ -198,18 +221,87 @@ def finetune(model, train, dev, ids, rng, config, bar):
             scaler.update()
             model.zero_grad(set_to_none=True)
             bar.update(len(index))
-
-        if not math.isfinite(loss.item()):
-            hint = "lower glue_learning_rate, or --dtype=float32"
-            raise Fault(f"the loss became {loss.item()}; {hint}")
+            if step % CHECK_STEPS == 0 or step == n_steps:
+                require_finite(loss.item(), step)
 
         # only measure: nothing stops early or goes back to a better epoch
-        for name, (dev_rows, dev_labels, metric) in dev.items():
-            found = predict(model, dev_rows, ids, max_len)
-            scores[name].append(METRICS[metric](found, dev_labels))
+        result.add_epoch(model, dev, ids, max_len, time.monotonic() - began)
+        if checkpoint and step < n_steps:
+            checkpoint.save(parts, result)
+    return result
+
+
+def require_finite(loss, step):
+    """Raise Fault if the loss is infinite or not a number: all weights would be lost."""
+    if not math.isfinite(loss):
+        hint = "lower glue_learning_rate, or --dtype=float32"
+        raise Fault(f"the loss became {loss} within {step:,} steps; {hint}")
+
+
+@dataclass
+class Result:
+    """What one fine-tuning run has measured so far."""
+
+    epochs: dict = field(default_factory=dict)  # {name on the card: score after each epoch}
+    also: dict = field(default_factory=dict)  # {name: second metric after the last epoch}
+    n_epochs: int = 0
+    seconds: float = 0.0
+    # {name: class or value of each dev example after the last epoch}; a checkpoint lacks it
+    predictions: dict = field(default_factory=dict)
+
+    def add_epoch(self, model, dev, ids, max_len, seconds):
+        """Score the model on the dev sets, see finetune. seconds: of training in this epoch."""
+        began = time.monotonic()
+        for name, (rows, labels, metric) in dev.items():
+            found = predict(model, rows, ids, max_len)
+            score = METRICS[metric](found, labels)
+            self.epochs.setdefault(name, []).append(score)
             if metric in ALSO:
-                also[name] = METRICS[ALSO[metric]](found, dev_labels)
-    return scores, also
+                self.also[name] = METRICS[ALSO[metric]](found, labels)
+            self.predictions[name] = found
+        self.n_epochs += 1
+        self.seconds += seconds + time.monotonic() - began
+
+
+class Checkpoint:
+    """The state of one fine-tuning run after an epoch, in a file until its scores are saved."""
+
+    def __init__(self, path, origin, minutes):
+        """origin: what the scores depend on. minutes: how old the last save must be for another."""
+        self.path = path
+        self.origin = origin
+        self.seconds = 60 * minutes
+        self.last_save = time.monotonic()
+
+    def load(self, parts):
+        """Load a saved state into {name: model, optimizer or scaler}. Return its Result.
+
+        A file of other weights, examples or settings, or a damaged one, counts as none.
+        """
+        if not self.path.exists():
+            return Result()
+        try:
+            saved = torch.load(self.path, map_location="cpu", weights_only=True)
+            if saved["origin"] != self.origin:
+                return Result()
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+        except Exception as e:  # torch raises nothing more special
+            print(f"warning: {self.path} cannot be read: {one_line(e)}; the seed begins anew")
+            return Result()
+        result = Result(**saved["result"])
+        tqdm.write(f"{self.path}: continuing after {result.n_epochs} epochs")
+        return result
+
+    def save(self, parts, result):
+        """Write the state, unless the last save was a moment ago: that is soon repeated."""
+        if time.monotonic() - self.last_save < self.seconds:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        states = {name: part.state_dict() for name, part in parts.items()}
+        measured = vars(result) | {"predictions": {}}
+        save_torch(self.path, states | {"origin": self.origin, "result": measured})
+        self.last_save = time.monotonic()
 
 
 @torch.no_grad()
@@ -248,11 +340,14 @@ class Start:
         if self.is_ours:
             bert, self.tokenizer = open_run(out, dropout=config["glue_dropout"])
             self.model_config = bert.config
-            self.weights = bert.state_dict()
+            self.weights = {} if self.init == "scratch" else bert.state_dict()
             self.pooler = None
+            self.two_seps = True
         else:
-            their_config, self.weights, self.tokenizer, self.pooler = load_bert(self.init)
-            self.model_config = replace(their_config, dropout=config["glue_dropout"])
+            theirs = load_bert(self.init)
+            self.weights, self.tokenizer = theirs.weights, theirs.tokenizer
+            self.pooler, self.two_seps = theirs.pooler, theirs.two_seps
+            self.model_config = replace(theirs.config, dropout=config["glue_dropout"])
             try:
                 BERT(self.model_config).load_state_dict(self.weights)
             except (RuntimeError, ValueError) as e:
@@ -270,18 +365,40 @@ class Start:
         self.tokenizer.encode_special_tokens = True  # "<mask>" in a text is text
         self.ids = special_ids(self.tokenizer)
 
-    def encode(self, examples):
-        """Return a list of token ids per example (text, second text or None, label)."""
+    def identity(self):
+        """Return the SHA-256 of the weights with their architecture, and of the tokenizer.
+
+        A score belongs to both. Without pretraining there is an architecture only.
+        """
+        architecture = replace(self.model_config, dropout=0.0)
+        weights = hashlib.sha256(repr(vars(architecture)).encode())
+        for part in (self.weights, self.pooler or {}):
+            for name, tensor in sorted(part.items()):
+                weights.update(name.encode())
+                weights.update(tensor.contiguous().numpy())
+        tokenizer = hashlib.sha256(self.tokenizer.to_str().encode())
+        return {"weights": weights.hexdigest(), "tokenizer": tokenizer.hexdigest()}
+
+    def encode(self, examples, what):
+        """Return a list of token ids per example (text, second text or None, label).
+
+        what: names the examples, to say how many of them are cut.
+        """
         first = [a for a, _, _ in examples]
         second = [b or "" for _, b, _ in examples]
         first = self.tokenizer.encode_batch_fast(first, add_special_tokens=False)
         second = self.tokenizer.encode_batch_fast(second, add_special_tokens=False)
-        # a BERT of Hugging Face was trained on `[CLS] A [SEP]` if there is one text
+        # the original BERT was trained on `[CLS] A [SEP]` if there is one text
         is_single = examples[0][1] is None
-        last_sep = self.is_ours or not is_single
+        last_sep = self.two_seps or not is_single
         rows = []
+        n_cut = 0
         for a, b in zip(first, second):
+            n_cut += len(a.ids) + len(b.ids) + 3 > self.max_len
             rows.append(join(a.ids, b.ids, self.ids, self.max_len, last_sep))
+        if n_cut:
+            found = f"{n_cut:,} of {len(rows):,} have more than {self.max_len} tokens"
+            print(f"{what}: {found} (glue_max_len), and their ends are cut")
         return rows
 
     def classifier(self, n_classes, seed):
@@ -296,7 +413,7 @@ class Start:
         # the weights that are not loaded are random, and differ between seeds
         torch.manual_seed(seed)
         bert = BERT(self.model_config)
-        if self.init != "scratch":
+        if self.weights:
             bert.load_state_dict(self.weights)
         bert.dtype = self.dtype
         width = len(self.pooler["bias"]) if self.pooler else 1024
@@ -320,8 +437,12 @@ class Job:
     dev: dict  # {name on the card: (rows, labels, metric)}
     test: dict  # {file for the GLUE server: rows}, which the first seed predicts
     origin: dict  # what the scores depend on, as glue.json has it
+    folder: Path  # for predictions, classifiers and the checkpoint
     files: dict  # {name: path} of what the first seed writes
-    same_origin: bool  # whether the scores on the card have it, too, and stay there
+
+    def checkpoint(self):
+        """Return the path of the checkpoint of this run."""
+        return self.folder / "checkpoints" / f"{self.task.name}-{self.seed}.pt"
 
     def n_examples(self, batch_size):
         """Return the examples in an epoch of full batches."""
@@ -329,47 +450,66 @@ class Job:
         return n_rows - n_rows % min(batch_size, n_rows)
 
 
-def missing_jobs(task, row, folder, settings, start, config):
+def missing_jobs(task, row, folder, start, config, settings):
     """Return the jobs of a task whose results are missing in a row of the card.
 
-    folder: for predictions and classifiers. settings: the keys that change the scores.
+    folder: for all files. settings: what all scores of this call depend on, a dict.
     """
-    # keep the scores of the same data and settings; others stay until a new one replaces them
+    # what these scores depend on
     limit_examples(task, config["glue_max_train"])
     content = (task.train, task.dev, task.labels, task.metric)
     origin = {
         "n_train": len(task.train),
         "partial": task.partial,
-        "settings": settings,
         "examples": hashlib.sha256(repr(content).encode()).hexdigest()[:16],
+        **settings,
     }
+
+    # keep the scores that depend on the same; others stay until a new one replaces them
     entries = [row.get(name, {}) for name in task.dev]
-    same_origin = all(origin.items() <= entry.items() for entry in entries)
-    n_done = 0
-    if same_origin:
-        n_done = min(len(entry["scores"]) for entry in entries)
-    seeds = list(range(n_done, config["glue_seeds"]))
+    done = set(range(config["glue_seeds"]))
+    for entry in entries:
+        if changes(entry, origin):
+            done = set()
+        done &= set(seeds_of(entry))
 
     # the first seed also writes files; if one of them is missing, run it again
     files = {file: folder / "submission" / f"{file}.tsv" for file in task.test}
     if config["glue_save"]:
         files["classifier"] = folder / "classifiers" / f"{task.name}.pt"
-    if same_origin and not all(is_written(path, entries) for path in files.values()):
-        seeds.insert(0, 0)
+    if done and not all(is_written(path, entries) for path in files.values()):
+        done.discard(0)
+    seeds = [seed for seed in range(config["glue_seeds"]) if seed not in done]
     if not seeds:
         return []
 
     # turn texts into token ids
-    train = (start.encode(task.train), labels_of(task, task.train))
+    train = (start.encode(task.train, f"{task.name}, train"), labels_of(task, task.train))
     dev = {}
     for name, examples in task.dev.items():
         metric = "matthews" if name == "ax" else task.metric
-        rows = start.encode(examples)
+        rows = start.encode(examples, f"{name}, dev")
         dev[name] = (rows, labels_of(task, examples), metric)
     test = {}
     for file, examples in task.test.items():
-        test[file] = start.encode(examples)
-    return [Job(task, seed, train, dev, test, origin, files, same_origin) for seed in seeds]
+        test[file] = start.encode(examples, f"{file}, test")
+    return [Job(task, seed, train, dev, test, origin, folder, files) for seed in seeds]
+
+
+def changes(entry, origin):
+    """Return what an entry of the card and new scores do not have in common, as texts."""
+    if not entry:
+        return []
+    found = []
+    old, new = entry["settings"], origin["settings"]
+    for key in differing([old, new]):
+        found.append(f"{key} was {old.get(key)!r}, now {new.get(key)!r}")
+    for what in ("weights", "tokenizer", "examples"):
+        if what not in entry:
+            found.append(f"its {what} were not recorded")
+        elif entry[what] != origin[what]:
+            found.append(f"the {what} changed")
+    return found
 
 
 def limit_examples(task, limit):
@@ -396,26 +536,20 @@ def labels_of(task, examples):
 # Results
 
 
-@dataclass
-class Result:
-    """What one fine-tuning run has measured."""
-
-    epochs: dict  # {name on the card: score after each epoch}
-    also: dict  # {name on the card: second metric after the last epoch}
-    seconds: float
-
-
 def run_job(job, start, config, bar):
-    """Fine-tune and score, and write the files of the first seed. Return the Result."""
+    """Fine-tune and score, and write the files. Return the Result."""
     # fine-tune
-    began = time.monotonic()
     task = job.task
     n_classes = len(task.labels) or 1
     model = start.classifier(n_classes, job.seed)
-    rng = np.random.default_rng(job.seed)
-    epochs, also = finetune(model, job.train, job.dev, start.ids, rng, config, bar)
+    origin = job.origin | {"seed": job.seed}
+    checkpoint = Checkpoint(job.checkpoint(), origin, config["glue_checkpoint_minutes"])
+    result = finetune(model, job.train, job.dev, start.ids, job.seed, config, bar, checkpoint)
 
     # write files
+    for name, found in result.predictions.items():
+        path = job.folder / "predictions" / f"{name}-{job.seed}.tsv"
+        write_dev_predictions(path, found, job.dev[name][1], task.labels)
     if job.seed == 0:
         for path in job.files.values():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -424,7 +558,7 @@ def run_job(job, start, config, bar):
             write_predictions(job.files[file], predictions, task.labels)
         if "classifier" in job.files:
             save_torch(job.files["classifier"], saved_classifier(model, task, start))
-    return Result(epochs, also, time.monotonic() - began)
+    return result
 
 
 def saved_classifier(model, task, start):
@@ -440,26 +574,41 @@ def saved_classifier(model, task, start):
     }
 
 
-def add_to_card(card, init, job, result):
-    """Add a result to the row `init` of the card, at the place of its seed, and print it."""
+def add_to_card(card, out, init, job, result):
+    """Add a result to the row `init` of an open card, at the place of its seed, and print it.
+
+    What it replaces goes to glue.json.bak: older scores of these tasks that depend on something
+    else, and, since a row is of one model, those of other weights or another tokenizer.
+    """
     row = card["rows"].setdefault(init, {})
+    for name, entry in list(row.items()):
+        reasons = changes(entry, job.origin) if name in job.dev else []
+        for what in ("weights", "tokenizer"):
+            is_other = what in entry and entry[what] != job.origin[what]
+            if is_other and name not in job.dev:
+                reasons.append(f"the {what} changed")
+        if reasons:
+            put_aside(out, init, name, entry, reasons)
+            del row[name]
+
+    train_labels = job.train[1]
     for name, (_, dev_labels, metric) in job.dev.items():
-        # the first score of another origin replaces all old ones
-        old = row[name] if job.seed or job.same_origin else {}
+        old = row.get(name, {})
         measured = {"epochs": result.epochs[name], "seconds": result.seconds}
         if metric in ALSO:
             measured[ALSO[metric]] = result.also[name]
         files = set(old.get("files", []))
-        files.update(map(str, job.files.values()))
+        if job.seed == 0:
+            files.update(map(str, job.files.values()))
         row[name] = {
             "metric": metric,
             "n_dev": len(dev_labels),
+            "constant": constant_score(metric, train_labels, dev_labels),
             **with_seed(old, job.seed, measured),
             **job.origin,
             "files": sorted(files),
         }
-        score = row[name]["scores"][job.seed]
-        done = f"{metric} {score:.1f}, {result.seconds:.0f} s"
+        done = f"{metric} {result.epochs[name][-1]:.1f}, {result.seconds:.0f} s"
         tqdm.write(f"{init}: {name}, seed {job.seed}: {done}")
     sys.stdout.flush()
 
@@ -478,22 +627,27 @@ def main(config):
     # what the card says about its scores; some keys change none of them
     own = {key: value for key, value in config.items() if key in globals()}
     no_change = ["glue_dir", "glue_init", "glue_seeds", "glue_submit", "glue_save"]
+    no_change.append("glue_checkpoint_minutes")
     settings = {}
     for key, value in own.items():
         if key.startswith("glue_") and key not in no_change:
             settings[key] = value
     settings["dtype"] = str(start.dtype).removeprefix("torch.")
+    origin = {"settings": settings, **start.identity()}
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     made_by = {"settings": own, "versions": versions}
 
-    # find what is missing; each start but the run has its own folder of files
-    row = read_card(out)["rows"].get(glue_init, {})
+    # find what is missing; each start but the run has its own folder of files. Damaged files are
+    # refused now, not after hours.
+    card = read_card(out)
+    read_record(out)
+    row = card["rows"].get(glue_init, {})
     folder = out
     if glue_init != "run":
         folder = out / glue_init.strip("./").replace("/", "-")
     jobs = []
     for task in load_tasks(tasks, glue_dir, dataset, glue_submit):
-        jobs += missing_jobs(task, row, folder, settings, start, config)
+        jobs += missing_jobs(task, row, folder, start, config, origin)
 
     # fine-tune; each result is saved at once
     n_examples = glue_epochs * sum(job.n_examples(glue_batch_size) for job in jobs)
@@ -501,14 +655,16 @@ def main(config):
         for job in jobs:
             bar.set_description(f"{glue_init}: {job.task.name}, seed {job.seed}")
             result = run_job(job, start, config, bar)
-            card = read_card(out) | made_by  # another process may have added a task
-            add_to_card(card, glue_init, job, result)
-            write_card(out, card)
+            # another process may have added a task meanwhile
+            with open_card(out, card) as card:
+                card |= made_by
+                add_to_card(card, out, glue_init, job, result)
+            job.checkpoint().unlink(missing_ok=True)
 
     # write the card even if no score was missing: an average or the rules may have changed
-    card = read_card(out) | made_by
-    card["rows"].setdefault(glue_init, {})
-    write_card(out, card)
+    with open_card(out, card) as card:
+        card |= made_by
+        card["rows"].setdefault(glue_init, {})
     if glue_submit and (folder / "submission").exists():
         print(zip_predictions(folder))
     print("\n" + card_text(card))

@@ -690,7 +690,7 @@ def main(config):
     log.close()
     if rank == 0:
         hours = state["elapsed"] / 3600
-        record = rules_record(meta["settings"], count_tokens, hours, device, state["world"])
+        record = rules_record(meta, config, hours, device, state["world"])
         write_json(run.folder / "rules.json", record)
         path = run.folder / "model.pt"
         save_torch(path, {"config": vars(model.config), "model": model.state_dict()})

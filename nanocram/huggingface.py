@@ -1,11 +1,13 @@
 """BERTs of Hugging Face in our names, and ours in theirs.
 
-`load_bert` reads a BERT from a folder or from the hub, so that it can be scored like a run of ours.
+`load_bert` reads a BERT from a folder or from the hub, so that it can be scored like a run of ours:
+a BERT, or the crammed BERT that the authors of the paper have released.
 `from_hf` and `to_hf` translate state dicts; tests compare the logits with those of `transformers`.
 """
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer
@@ -37,27 +39,48 @@ NAMES = {
     "transform_norm": [HEAD + "transform.LayerNorm"],
     "decoder_bias": [HEAD + "bias"],
 }
-# all that load_bert reads; a repository on the hub holds the same weights in other formats, too
-HUB_FILES = [
-    "config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.txt",
-    "model.safetensors",
-    "pytorch_model.bin",
-]
+# The same for the crammed BERT of the paper's authors, whose names begin with "encoder." [repo].
+CRAMMED_LAYER = "layers.{i}."
+CRAMMED_NAMES = {
+    "embedding.weight": ["embedding.word_embedding.weight"],
+    "position_scale": ["embedding.pos_embedding.scale_factor"],
+    "embedding_norm": ["embedding.norm"],
+    "blocks.{i}.norm1": [CRAMMED_LAYER + "norm1"],
+    "blocks.{i}.attention.qkv.weight": [
+        CRAMMED_LAYER + "attn.self_attention.query_key_value.weight"
+    ],
+    "blocks.{i}.attention.out.weight": [CRAMMED_LAYER + "attn.dense.weight"],
+    "blocks.{i}.norm2": [CRAMMED_LAYER + "norm2"],
+    "blocks.{i}.feed_forward.up.weight": [CRAMMED_LAYER + "ffn.dense_in.weight"],
+    "blocks.{i}.feed_forward.down.weight": [CRAMMED_LAYER + "ffn.dense_out.weight"],
+    "final_norm": ["final_norm"],
+}
+# all that load_bert reads; a repository on the hub holds the same weights in several formats
+HUB_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt"]
+WEIGHT_FILES = ["model.safetensors", "pytorch_model.bin"]  # the first one that exists is read
+
+
+class Pretrained(NamedTuple):
+    """What a row of the scorecard can start from."""
+
+    config: Config
+    weights: dict  # a state dict with our names, in fp32
+    tokenizer: Tokenizer
+    pooler: dict | None  # {"weight", "bias"} of BERT's own pooling layer
+    two_seps: bool  # whether a single text ends with <sep> <sep>, as an empty second one would
+
 
 # --------------------------------------------------------------------------------------------------
 # Names
 
 
-def name_pairs(n_layer):
+def name_pairs(n_layer, names=NAMES):
     """Return [(our name, [their names])] for every tensor of a BERT with n_layer blocks."""
     pairs = []
-    for ours, theirs in NAMES.items():
+    for ours, theirs in names.items():
         # one pair per block, and per weight and bias
         n_blocks = n_layer if "{i}" in ours else 1
-        is_tensor = ours.endswith(".weight") or ours == "decoder_bias"
+        is_tensor = ours.endswith((".weight", "decoder_bias", "position_scale"))
         suffixes = [""] if is_tensor else [".weight", ".bias"]
         for i in range(n_blocks):
             for suffix in suffixes:
@@ -108,13 +131,63 @@ def to_hf(state, n_layer):
 
 
 # --------------------------------------------------------------------------------------------------
+# The crammed BERT of the paper's authors
+
+
+def from_crammed(state, n_layer, n_head):
+    """Return a state dict of the authors' model in our names, in fp32.
+
+    Raise KeyError if a tensor is missing.
+    """
+    # torch.compile and the language model around the encoder put names in front
+    theirs = {}
+    for name, tensor in state.items():
+        name = name.removeprefix("_orig_mod.").removeprefix("encoder.")
+        theirs[name] = tensor
+    ours = {}
+    for our_name, (their_name,) in name_pairs(n_layer, CRAMMED_NAMES):
+        tensor = theirs[their_name].float()
+        if our_name.endswith("qkv.weight"):
+            # their rows are (heads, 3, width / heads), ours (3, heads, width / heads)
+            by_head = tensor.view(n_head, 3, -1, tensor.size(1))
+            tensor = by_head.transpose(0, 1).reshape(tensor.shape)
+        ours[our_name] = tensor
+    return ours
+
+
+def crammed_config(arch, folder):
+    """Return the Config for `arch` in their config.json. Raise Fault if ours cannot be that."""
+    embedding = arch["embedding"]
+    attention = arch["attention"]
+    found = [
+        arch["norm"],
+        arch["nonlin"],
+        embedding["pos_embedding"],
+        attention["type"],
+        arch.get("norm_scheme", "pre"),
+    ]
+    wanted = ["LayerNorm", "GELUglu", "scaled-sinusoidal", "self-attention", "pre"]
+    if found != wanted:
+        what = f"{folder} is a crammed BERT with {', '.join(found)}"
+        raise Fault(f"{what}; only {', '.join(wanted)} can be loaded")
+    return Config(
+        vocab_size=embedding["vocab_size"],
+        n_layer=arch["num_transformer_layers"],
+        n_head=attention["num_attention_heads"],
+        n_embd=arch["hidden_size"],
+        n_inner=arch["intermed_size"],
+        max_len=embedding["max_seq_length"],
+        norm_eps=arch["norm_eps"],
+    )
+
+
+# --------------------------------------------------------------------------------------------------
 # Files
 
 
 def load_bert(source):
-    """Return (Config, weights, tokenizer, pooler or None) of a Hugging Face BERT.
+    """Return a Pretrained from a folder, or from the id of a repository on the hub.
 
-    source: a folder, or an id on the hub. pooler: {"weight", "bias"} of BERT's own pooling layer.
     Raise Fault if it is anything else than a complete BERT.
     """
     folder = Path(source)
@@ -122,11 +195,16 @@ def load_bert(source):
         folder = download(source)
     try:
         settings = json.loads((folder / "config.json").read_text())
+        tokenizer = read_tokenizer(folder)
+        if settings["model_type"] == "crammedBERT":
+            config = crammed_config(settings["arch"], folder)
+            state = read_weights(folder)
+            weights = from_crammed(state, config.n_layer, config.n_head)
+            return Pretrained(config, weights, tokenizer, None, two_seps=True)
         require_bert(settings, folder)
         state = read_weights(folder)
         weights = from_hf(state, settings["num_hidden_layers"])
         config = our_config(settings, has_head="decoder_bias" in weights)
-        tokenizer = read_tokenizer(folder)
     except Fault:
         raise
     except Exception as e:  # safetensors and tokenizers raise nothing more special
@@ -137,7 +215,7 @@ def load_bert(source):
     for name, tensor in state.items():
         if "pooler.dense." in name:
             pooler[name.rpartition(".")[2]] = tensor.float()
-    return config, weights, tokenizer, pooler or None
+    return Pretrained(config, weights, tokenizer, pooler or None, two_seps=False)
 
 
 def download(source):
@@ -145,7 +223,12 @@ def download(source):
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(source, allow_patterns=HUB_FILES))
+        # one file of weights: the second one only if the first one does not exist
+        for name in WEIGHT_FILES:
+            folder = Path(snapshot_download(source, allow_patterns=[*HUB_FILES, name]))
+            if (folder / name).exists():
+                break
+        return folder
     except Exception as e:
         raise Fault(f"{source!r} is no folder, and the hub gives {one_line(e)}") from e
 
@@ -186,9 +269,10 @@ def our_config(settings, has_head):
 
 def read_weights(folder):
     """Return the state dict in model.safetensors or pytorch_model.bin. Neither can run code."""
-    path = folder / "model.safetensors"
+    first, second = WEIGHT_FILES
+    path = folder / first
     if not path.exists():
-        path = folder / "pytorch_model.bin"
+        path = folder / second
         return torch.load(path, map_location="cpu", weights_only=True)
     try:
         from safetensors.torch import load_file

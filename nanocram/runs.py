@@ -23,7 +23,7 @@ from nanocram.faults import Fault, one_line, replace_file, write_json
 CHECKPOINT_PARTS = "model optimizers scaler step tokens rows elapsed world torch".split()
 # What other scripts make of a run, or an earlier run left: none of it belongs to a new one.
 OUTPUT_FILES = ["ckpt.pt", "model.pt", "rules.json", "glue.json", "glue.md", "submission.zip"]
-OUTPUT_FOLDERS = ["submission", "classifiers", "scratch"]
+OUTPUT_FOLDERS = ["submission", "classifiers", "predictions", "checkpoints", "scratch"]
 
 
 def save_torch(path, value):
@@ -175,13 +175,25 @@ class StopRequest:
 
 
 def read_log(path):
-    """Return the entries of a log.jsonl, without a line that a kill has torn."""
+    """Return the entries of a log.jsonl, without lines that are damaged, which are counted.
+
+    A kill may have torn the last line; that is nothing to tell.
+    """
     entries = []
-    for line in Path(path).read_text().splitlines():
+    damaged = []
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
         try:
-            entries.append(json.loads(line))
+            entry = json.loads(line)
         except ValueError:
-            continue
+            entry = None
+        if isinstance(entry, dict) and "hours" in entry:
+            entries.append(entry)
+        elif number < len(lines):
+            damaged.append(number)
+    if damaged:
+        found = f"{len(damaged):,} damaged lines, the first is line {damaged[0]}"
+        print(f"warning: {path} has {found}; they are left out")
     return entries
 
 

@@ -1,5 +1,6 @@
 import json
 import random
+import re
 import time
 import zipfile
 from pathlib import Path
@@ -14,7 +15,9 @@ from hypothesis import strategies as st
 import finetune_glue as G
 from nanocram import scorecard
 from nanocram.configurator import resolve
+from nanocram.faults import Fault
 from nanocram.glue import YES_NO
+from nanocram.rules import FINE_TUNING
 
 LABELS = ["entailment", "neutral", "contradiction"]
 SMALL = [
@@ -160,11 +163,186 @@ def test_a_second_call_adds_and_repeats_nothing(run, glue, model):
     _, output = run("finetune_glue.py", *args, "--tasks=rte", "--glue_epochs=6", "--glue_seeds=1")
     card = json.loads(Path("out/tiny/glue.json").read_text())
     assert len(card["rows"]["run"]["rte"]["scores"]) == 1  # other settings, other scores
-    assert (
-        "more than 5 epochs" in card["rules"]
-        and "glue_epochs differ" in card["rules"]
-        and "broken" in output
+    rule = card["rules"][FINE_TUNING]
+    assert rule["verdict"] == "broken" and "more than 5 epochs" in rule["did"]
+    assert "glue_epochs differ" in rule["did"] and f"{FINE_TUNING}: broken" in output
+
+    # nothing is lost, and a line says so
+    line = "3 old scores of rte are in out/tiny/glue.json.bak now, since glue_epochs was 1, now 6"
+    assert line in output
+    (kept,) = map(json.loads, Path("out/tiny/glue.json.bak").read_text().splitlines())
+    assert kept["entry"] == second and (kept["row"], kept["task"]) == ("run", "rte")
+
+
+def card_row(init="run"):
+    return json.loads(Path("out/tiny/glue.json").read_text())["rows"][init]
+
+
+def test_a_score_belongs_to_its_weights_and_its_tokenizer(run, glue, model):
+    args = [*TINY, *SMALL, "--tasks=rte", "--glue_seeds=1"]
+    for tasks in ("rte", "cola"):
+        run("finetune_glue.py", *args, f"--tasks={tasks}")
+    first = card_row()
+    assert "seed 0" not in run("finetune_glue.py", *args)[1]
+
+    # noise in the weights: another score, and all tasks of the row were of the old ones
+    saved = torch.load("out/tiny/model.pt", weights_only=True)
+    saved["model"]["embedding.weight"] += 1.0
+    torch.save(saved, "out/tiny/model.pt")
+    output = run("finetune_glue.py", *args)[1]
+    assert "run: rte, seed 0:" in output
+    assert "1 old scores of cola are in out/tiny/glue.json.bak now, since the weights" in output
+    second = card_row()
+    assert second.keys() == {"rte"} and second["rte"]["weights"] != first["rte"]["weights"]
+    kept = map(json.loads, Path("out/tiny/glue.json.bak").read_text().splitlines())
+    assert {line["task"]: line["entry"] for line in kept} == first
+
+    # without pretraining, weights are nothing that scores depend on; the tokenizer is
+    scratch = [*args, "--glue_init=scratch"]
+    run("finetune_glue.py", *scratch)
+    saved["model"]["embedding.weight"] += 1.0
+    torch.save(saved, "out/tiny/model.pt")
+    assert "seed 0:" not in run("finetune_glue.py", *scratch)[1]
+    path = Path("out/tiny/tokenizer.json")
+    path.write_text(path.read_text().replace('"##', '"#+', 1))
+    assert "since the tokenizer changed" in run("finetune_glue.py", *scratch)[1]
+
+
+def test_a_score_that_is_older_than_a_key_is_kept_aside(run, glue, model):
+    args = [*TINY, *SMALL, "--glue_seeds=1"]
+    run("finetune_glue.py", *args, "--tasks=rte,cola")
+    card = json.loads(Path("out/tiny/glue.json").read_text())
+    for task in ("rte", "cola"):
+        del card["rows"]["run"][task]["settings"]["glue_warmup"]
+        del card["rows"]["run"][task]["weights"]
+    Path("out/tiny/glue.json").write_text(json.dumps(card))
+    output = run("finetune_glue.py", *args, "--tasks=rte")[1]
+    assert "glue.json.bak now, since glue_warmup was None, now 0.1; its weights were not" in output
+    # what was not asked for stays, and the card says that it may be of another model
+    assert card_row()["cola"] == card["rows"]["run"]["cola"]
+    assert "The scores of pretrained are not all of the same weights" in output
+
+
+def small_job(n_epochs, **more):
+    """Return (classifier, arguments of finetune) of a toy task with dropout."""
+    from test_model import bert
+
+    torch.manual_seed(0)
+    classifier = G.Classifier(bert(dropout=0.1), 2)
+    words = [f"--glue_epochs={n_epochs}", "--glue_learning_rate=1e-3"]
+    config = resolve("finetune_glue.py", words) | more
+    rows, y = np.random.default_rng(0).integers(5, 50, (64, 12)).tolist(), np.arange(64) % 2
+    dev, ids, bar = {"x": (rows, y, "accuracy")}, {"pad": 0, "sep": 3}, G.tqdm(disable=True)
+    return classifier, ((rows, y), dev, ids, 7, config, bar)
+
+
+def test_a_seed_continues_from_its_last_epoch(tmp_path):
+    """Killed in its third epoch, it ends with the weights of an undisturbed run, bit for bit."""
+    whole, arguments = small_job(4)
+    expected = G.finetune(whole, *arguments)
+
+    class Killed(BaseException):
+        pass
+
+    class Bar:
+        n = 0
+
+        def update(self, n):
+            self.n += n
+            if self.n > 2.5 * 64:
+                raise Killed
+
+    path = tmp_path / "checkpoints" / "x-7.pt"
+    half, arguments = small_job(4)
+    with pytest.raises(Killed):
+        checkpoint = G.Checkpoint(path, {"a": 1}, 0.0)
+        G.finetune(half, *arguments[:-1], Bar(), checkpoint)
+    rest, arguments = small_job(4)
+    found = G.finetune(rest, *arguments, G.Checkpoint(path, {"a": 1}, 0.0))
+    assert found.epochs == expected.epochs and found.seconds > 0
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(rest.state_dict()[name], tensor), name
+
+    # a checkpoint of something else counts as none, as does a damaged one
+    for origin, damage in (({"a": 2}, False), ({"a": 1}, True)):
+        if damage:
+            path.write_bytes(path.read_bytes()[:1000])
+        again, arguments = small_job(4)
+        bar = G.tqdm(disable=True)
+        assert G.Checkpoint(path, origin, 1.0).load({"model": again}).n_epochs == 0
+    assert not bar.n
+
+
+def test_a_loss_that_is_not_finite_is_noticed_soon(monkeypatch):
+    """After 5 steps here, long before the end of an epoch of 4,000."""
+    monkeypatch.setattr(G, "CHECK_STEPS", 5)
+    classifier, (train, *rest) = small_job(1, glue_batch_size=1)
+    with torch.no_grad():
+        classifier.bert.embedding.weight[train[0][3][0]] = float("nan")
+    train = (train[0] * 60, np.tile(train[1], 60))
+    with pytest.raises(Fault, match="the loss became nan within .* steps; lower glue_learning"):
+        G.finetune(classifier, train, *rest)
+
+
+def test_a_damaged_file_costs_no_seed(run, glue, model, monkeypatch):
+    args = [*TINY, *SMALL, "--tasks=rte", "--glue_seeds=1"]
+    # before training it is refused
+    for name in ("glue.json", "rules.json"):
+        path = Path("out/tiny") / name
+        before = path.read_bytes() if path.exists() else None
+        for text in ("{", "[]", '{"rows": {"run": {"rte": {}}}}'):
+            path.write_text(text)
+            message, output = run("finetune_glue.py", *args)
+            assert message and f"out/tiny/{name} is damaged" in message and "\n" not in message
+            assert "seed 0:" not in output
+            if name == "rules.json":
+                break
+        path.unlink()
+        if before:
+            path.write_bytes(before)
+
+    # damaged while the second task trains: the first one is known still, the second one is kept
+    write_card = scorecard.write_card
+
+    def write_and_damage(out, card):
+        write_card(out, card)
+        if len(card["rows"]["run"]) == 1:
+            (out / "glue.json").write_text("{")
+            (out / "rules.json").write_text("{")
+
+    monkeypatch.setattr(scorecard, "write_card", write_and_damage)
+    message, output = run("finetune_glue.py", *args, "--tasks=rte,cola")
+    assert message is None and "glue.json.damaged; the scores known here are kept" in output
+    assert card_row().keys() == {"rte", "cola"} and "rules.json is damaged" in output
+
+
+def test_dev_predictions_are_kept(run, glue, model):
+    """A score is what its predictions say."""
+    run("finetune_glue.py", *TINY, *SMALL, "--tasks=rte,stsb")
+    row = card_row()
+    for seed in (0, 1):
+        lines = Path(f"out/tiny/predictions/rte-{seed}.tsv").read_text().splitlines()
+        assert lines[0] == "index\tprediction\tlabel" and len(lines) == 21
+        pairs = [line.split("\t")[1:] for line in lines[1:]]
+        right = [a == b for a, b in pairs]
+        assert 100 * np.mean(right) == pytest.approx(row["rte"]["scores"][seed])
+        assert {a for pair in pairs for a in pair} <= {*YES_NO}
+        lines = Path(f"out/tiny/predictions/stsb-{seed}.tsv").read_text().splitlines()
+        p, y = np.array([line.split("\t")[1:] for line in lines[1:]], float).T
+        assert 100 * np.corrcoef(p, y)[0, 1] == pytest.approx(row["stsb"]["scores"][seed], abs=0.01)
+
+
+def test_what_is_in_a_task_and_what_is_cut_is_said(run, glue, model):
+    rows = [[0, "bal " * 10000, "dem", "entailment"], [1, "a", "b", "not_entailment"]]
+    write(Path("glue/RTE/dev.tsv"), ["index", "sentence1", "sentence2", "label"], rows)
+    message, output = run("finetune_glue.py", *TINY, *SMALL, "--tasks=rte,stsb", "--glue_seeds=1")
+    assert message is None
+    assert "rte, dev: 2 examples: entailment 1, not_entailment 1" in output
+    assert re.search(
+        r"rte, train: 48 examples: (not_)?entailment \d+, (not_)?entailment \d+", output
     )
+    assert re.search(r"stsb, dev: 20 examples: from [\d.]+ to 5, mean \d\.\d\d", output)
+    assert "rte, dev: 1 of 2 have more than 32 tokens (glue_max_len), and their ends are" in output
 
 
 def test_two_calls_at_once_keep_each_others_tasks(run, glue, model, monkeypatch):
@@ -338,9 +516,10 @@ def test_ones_own_task(run, home, model):
         ({"name": "rte"}, "needs a name of its own"),
         ({"label": "sort"}, "has no column 'sort'"),
         ({"dev": "none.tsv"}, "none.tsv is missing; or leave"),
-        ({"metric": "pearson"}, "not one of the numbers"),
+        ({"metric": "pearson"}, "row 1: the label 'bal' is no finite number"),
         ({"metric": "f1"}, "f1 needs two"),
         ({"labels": ["bal"]}, "has the labels ['bal']"),
+        ({"labels": ["bal", "dem"]}, "row 3: the label 'gol' is none of bal, dem"),
     ]:
         message, _ = run("finetune_glue.py", *TINY, *SMALL, f"--tasks={[own | change]!r}")
         assert expected in message and "\n" not in message
@@ -417,7 +596,7 @@ def test_the_protocol_is_the_recipes(monkeypatch):
     config = resolve("finetune_glue.py", ["--glue_epochs=2"])
     rows, y = [[2, 7 + i % 2, 3, 3] for i in range(167)], np.arange(167) % 2
     dev, ids, bar = {"x": (rows, y, "accuracy")}, {"pad": 0, "sep": 3}, G.tqdm(disable=True)
-    G.finetune(classifier, (rows, y), dev, ids, np.random.default_rng(0), config, bar)
+    G.finetune(classifier, (rows, y), dev, ids, 0, config, bar)
     p = np.arange(1, 21) / 20  # 10 full batches an epoch
     assert rates == pytest.approx(
         4e-5 * np.where(p < 0.1, p / 0.1, 0.5 * (1 + np.cos(np.pi * (p - 0.1) / 0.9)))
@@ -436,8 +615,8 @@ def test_muon_turns_the_blocks_matrices_and_adamw_the_rest():
     words = "--glue_optimizer=muon --glue_epochs=1 --glue_warmup=0.0 --glue_learning_rate=1e-3"
     config = resolve("finetune_glue.py", words.split())
     rows, y = np.random.default_rng(0).integers(5, 50, (32, 24)).tolist(), np.arange(32) % 2
-    rng, ids, bar = np.random.default_rng(0), {"pad": 0, "sep": 3}, G.tqdm(disable=True)
-    G.finetune(classifier, (rows, y), {}, ids, rng, config, bar)
+    ids, bar = {"pad": 0, "sep": 3}, G.tqdm(disable=True)
+    G.finetune(classifier, (rows, y), {}, ids, 0, config, bar)
     rate = 1e-3 / 2  # of the first of two steps; the second one is at the end of the cosine
     for name, p in classifier.named_parameters():
         change = p.detach() - before[name]
@@ -499,6 +678,7 @@ def test_mistakes_end_in_one_line(run, glue, model):
         (["--tasks=rte", "--glue_dir="], "cannot load nyu-mll/glue"),
         (["--tasks=rte", "--glue_max_len=100"], "over the model's max_len = 64"),
         (["--tasks=docs_next"], "docs_next/train.tsv is missing"),
+        (["--tasks="], "`tasks` is empty"),
     ]
     write(Path("glue/CoLA/dev.tsv"), ["a", "b"], [["c", "d"]])
     cases.append((["--tasks=cola"], "cola has a part without examples"))

@@ -1,3 +1,6 @@
+import csv
+import gzip
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +11,17 @@ from scipy.stats import pearsonr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from test_finetune_glue import glue  # noqa: F401
 
-from nanocram.glue import GLUE, accuracy, f1, load_task, matthews, pearson, spearman
+from nanocram.faults import Fault
+from nanocram.glue import (
+    GLUE,
+    accuracy,
+    constant_score,
+    f1,
+    load_task,
+    matthews,
+    pearson,
+    spearman,
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -99,3 +112,140 @@ def test_hub_layout(monkeypatch):
     assert task.test == {"AX": [("premise", "hypothesis", None), ("x", "x", None)]} and list(
         task.dev
     ) == ["mnli", "mnli_mm"]
+
+
+def test_the_answer_that_ignores_the_text():
+    """By hand: MRPC's dev set has 279 of 408 in class 1, which is the commonest in train, too."""
+    train, dev = np.array([1, 1, 0]), np.array([1] * 279 + [0] * 129)
+    assert constant_score("f1", train, dev) == pytest.approx(100 * 2 * 279 / (408 + 279))
+    assert constant_score("accuracy", train, dev) == pytest.approx(100 * 279 / 408)
+    assert constant_score("matthews", train, dev) == 0.0
+    assert constant_score("pearson", np.array([1.0, 2.5]), np.array([0.0, 5.0])) == 0.0
+
+
+# --------------------------------------------------------------------------------------------------
+# Tasks of one's own
+
+
+def own(file, **changes):
+    entry = {"name": "x", "train": file, "dev": file, "columns": ["text"], **changes}
+    return load_task(entry, "")
+
+
+def jsonl(file, *pairs):
+    lines = [json.dumps({"text": text, "label": label}) for text, label in pairs]
+    Path(file).write_text("\n".join(lines) + "\n")
+
+
+def tsv(file, *rows):
+    Path(file).write_text("text\tlabel\n" + "".join("\t".join(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_own_files_of_every_kind_are_one_task(folder):
+    import pandas
+
+    rows = [("one, two", "yes"), ('say "no"', "no"), ("line\nend", "no")]
+    expected = [("one, two", None, 1), ('say "no"', None, 0), ("line\nend", None, 0)]
+    frame = pandas.DataFrame(rows, columns=["text", "label"])
+    frame.to_csv("a.csv", index=False)
+    frame.to_parquet("a.parquet")
+    frame.to_json("a.json", orient="records", indent=1)
+    frame.to_json("a.jsonl", orient="records", lines=True)
+    with gzip.open("a.jsonl.gz", "wt") as f:
+        f.write(Path("a.jsonl").read_text())
+    with gzip.open("a.csv.gz", "wt", newline="") as f:
+        f.write(Path("a.csv").read_text())
+    for file in ("a.csv", "a.parquet", "a.json", "a.jsonl", "a.jsonl.gz", "a.csv.gz"):
+        assert own(file).train == expected, file
+
+    # what pandas writes with tabs is quoted, which a .tsv is not
+    frame.to_csv("a.tsv", index=False, sep="\t", quoting=csv.QUOTE_MINIMAL)
+    with pytest.raises(Fault, match="a.tsv, row 2 is quoted like a .csv; .* need .csv or .jsonl"):
+        own("a.tsv")
+
+
+def test_labels_of_one_meaning_are_one_class(folder, capsys):
+    tsv("ints.tsv", ("a", "0"), ("b", "1"))
+    forms = {"floats": ("0.0", "1.0"), "bools": ("False", "True "), "spaces": ("0 ", " 1")}
+    for file, (no, yes) in forms.items():
+        tsv(f"{file}.tsv", ("a", no), ("b", yes))
+        task = own("ints.tsv", dev=f"{file}.tsv")
+        assert task.labels == ["0", "1"] and task.dev["x"] == task.train
+    jsonl("bools.jsonl", ("a", False), ("b", True))
+    assert own("bools.jsonl", dev="ints.tsv").dev["x"] == [("a", None, 0), ("b", None, 1)]
+    tsv("cases.tsv", ("a", "pos"), ("b", "Pos"), ("c", "neg"))
+    assert own("cases.tsv").labels == ["Pos", "neg", "pos"]
+    assert "warning: the labels Pos, pos of x differ in case alone" in capsys.readouterr().out
+
+
+def test_what_has_no_label_is_counted_and_left_out(folder, capsys):
+    none = [("n", "-"), ("n", ""), ("n", None), ("n", -1), ("n", float("nan"))]
+    jsonl("a.jsonl", *none, ("a", 0), ("b", 1))
+    with open("a.jsonl", "a") as f:
+        f.write('{"text": "lacks it"}\n')
+    assert own("a.jsonl").train == [("a", None, 0), ("b", None, 1)]
+    assert "a.jsonl: 6 rows without a label were left out" in capsys.readouterr().out
+    # these are labels if they are named, and -1 is a value
+    jsonl("b.jsonl", ("a", -1), ("b", 1), ("c", "-"))
+    assert own("b.jsonl", labels=[-1, "-", 1]).train[2] == ("c", None, 1)
+    jsonl("c.jsonl", ("a", -1), ("b", 1.5))
+    assert own("c.jsonl", metric="pearson").train == [("a", None, -1.0), ("b", None, 1.5)]
+
+
+def test_own_files_that_are_wrong_are_named_with_the_row(folder):
+    good = [("a", 0), ("b", 1)]
+    jsonl("good.jsonl", *good)
+    jsonl("list.jsonl", *good, ("c", ["a", "b"]))
+    jsonl("tokens.jsonl", *good, (["c", "d"], 1))
+    jsonl("word.jsonl", *good, ("c", "high"))
+    jsonl("nan.jsonl", *good, ("c", float("nan")))
+    jsonl("new.jsonl", *good, ("c", 2))
+    jsonl("single.jsonl", ("a", 0))
+    jsonl("floats.jsonl", *[("a", i * 0.37) for i in range(2000)])
+    jsonl("texts.jsonl", *[("a", f"text {i}") for i in range(100)])
+    tsv("tab.tsv", ("a", "0"), ("b", "c", "1"))
+    tsv("short.tsv", ("a", "0"), ("b",))
+    Path("broken.jsonl").write_text('{"text": "a", "label": 0}\n{"text": \n')
+    Path("object.json").write_text('{"text": "a", "label": 0}')
+    Path("wide.csv").write_text("text,label\na,0\nb,1,2\n")
+    Path("narrow.csv").write_text("label,text\n0,a\n1\n")
+    Path("utf16.tsv").write_bytes("text\tlabel\na\t0\nb\t1\n".encode("utf-16"))
+    Path("a.xml").write_text("<a/>")
+    Path("torn.jsonl.gz").write_bytes(gzip.compress(Path("texts.jsonl").read_bytes())[:-20])
+    value = {"metric": "pearson"}
+    cases = [
+        ("list.jsonl", {}, "list.jsonl, row 3: the label ['a', 'b'] is not one value"),
+        ("tokens.jsonl", {}, "row 3: the column 'text' holds ['c', 'd'], which is not a text"),
+        ("word.jsonl", value, "row 3: the label 'high' is no finite number"),
+        ("nan.jsonl", value, "nan.jsonl, row 3: the label nan is no finite number"),
+        ("good.jsonl", {"dev": "new.jsonl"}, "new.jsonl, row 3: the label 2 is never in good.json"),
+        ("single.jsonl", {}, "single.jsonl has 1 examples; a task needs two"),
+        ("floats.jsonl", {}, "2,000 different numbers as labels: is it regression"),
+        ("texts.jsonl", {}, "100 different labels in 100 rows: is 'label' the right column?"),
+        ("tab.tsv", {}, "tab.tsv, row 2 has 3 fields, the header 2"),
+        ("short.tsv", {}, "short.tsv, row 2 has 1 fields, the header 2"),
+        ("broken.jsonl", {}, "broken.jsonl, row 2 is a line that is not a JSON object"),
+        ("object.json", {}, "object.json is no list of objects"),
+        ("wide.csv", {}, "wide.csv, row 2 has more fields than the header"),
+        ("narrow.csv", {}, "narrow.csv, row 2: the column 'text' holds None"),
+        ("utf16.tsv", {}, "utf16.tsv is UTF-16"),
+        ("a.xml", {}, "a.xml is of an unknown kind"),
+        ("torn.jsonl.gz", {}, "torn.jsonl.gz is truncated or damaged after row"),
+        ("good.jsonl", {"columns": ["body"]}, "row 1 has no column 'body'; its columns are text"),
+        ("good.jsonl", {"label": "y"}, "good.jsonl has no column 'y'; its columns are text, label"),
+        ("good.jsonl", {"train": ["a.tsv"]}, "train = ['a.tsv'] of the task 'x' is not a text"),
+        ("good.jsonl", {"labels": 2}, "labels = 2 of the task 'x' is not a list"),
+        ("good.jsonl", {"metric": ["f1"]}, "metric = ['f1'] of the task 'x' is not a text"),
+        ("good.jsonl", {"name": 3}, "name = 3 of the task 3 is not a text"),
+        ("good.jsonl", {"name": "../x"}, "the name '../x' of a task is no plain name"),
+        ("good.jsonl", {"columns": "text"}, "columns = 'text' of the task 'x' is not a list"),
+    ]
+    for file, changes, expected in cases:
+        with pytest.raises(Fault) as e:
+            own(file, **changes)
+        assert expected in str(e.value) and len(str(e.value)) < 320 and "\n" not in str(e.value)

@@ -14,6 +14,17 @@ from nanocram.faults import Fault
 from tools import plot
 
 PNG = b"\x89PNG"
+ENTRY = {
+    "metric": "f1",
+    "median": 70.0,
+    "sd": 1.0,
+    "partial": True,
+    "scores": [70.0],
+    "epochs": [[70.0]],
+    "settings": {},
+    "n_train": 10,
+    "n_dev": 5,
+}
 
 
 @pytest.fixture
@@ -44,10 +55,10 @@ def test_pictures(run, model):
     assert "runs of one tokenizer and val.bin" in message
 
     # the scorecard
-    entry = {"metric": "f1", "median": 70.0, "sd": 1.0, "partial": True}
-    card = {"rows": {"run": {"mrpc": entry}, "scratch": {"mrpc": entry}}}
+    card = {"rows": {"run": {"mrpc": ENTRY}, "scratch": {"mrpc": ENTRY}}}
     Path("out/tiny/glue.json").write_text(json.dumps(card))
-    assert run("plot.py", "out/tiny", "--card")[0] is None and is_png("out/tiny/card.png")
+    message, output = run("plot.py", "out/tiny", "--card")
+    assert message is None and is_png("out/tiny/card.png") and "| pretrained | 70.0 |" in output
     assert "finetune_glue.py writes it" in run("plot.py", "out/b", "--card")[0]
 
     # a run without a config, with a torn log, with an empty one, and none at all
@@ -78,16 +89,43 @@ def test_without_matplotlib_there_is_one_line(run, home, monkeypatch):
 
 def test_the_bars_of_a_card_are_its_medians(home):
     """Two tasks and two rows of our own, then the published ones; the second row lacks a task."""
-    entry = {"metric": "f1", "median": 70.0, "sd": 1.0, "partial": True}
-    rows = {"run": {"rte": entry, "mrpc": entry | {"median": 80.0}}, "scratch": {"mrpc": entry}}
+    rows = {"run": {"rte": ENTRY, "mrpc": ENTRY | {"median": 80.0}}, "scratch": {"mrpc": ENTRY}}
     Path("glue.json").write_text(json.dumps({"rows": rows}))
-    (axes,) = plot.draw_card(".", "card.png").axes
+    (axes,) = plot.draw_card(["."], "card.png").axes
     assert [text.get_text() for text in axes.get_xticklabels()] == ["rte\nf1", "mrpc\nf1"]
     bars = [container for container in axes.containers if hasattr(container, "patches")]
     heights = [[bar.get_height() for bar in container] for container in bars]
-    assert heights[:3] == [[70.0, 80.0], [70.0], [59.2, 89.3]] and len(heights) == 6
+    assert heights[:3] == [[70.0, 80.0], [70.0], [59.2, 89.3]] and len(heights) == 7
     assert bars[1][0].get_center()[0] > 0.5  # the second row's bar stands at the second task
     assert "not comparable" in axes.get_title()
+
+
+def test_one_card_over_several_runs(run, home):
+    """As many rows as there are, with the name of their run, in the picture and in the table."""
+    for i in range(9):
+        Path(f"out/run{i}").mkdir(parents=True)
+        card = {"rows": {"run": {"rte": ENTRY | {"median": 50.0 + i}}}}
+        Path(f"out/run{i}/glue.json").write_text(json.dumps(card))
+    folders = [f"out/run{i}" for i in range(9)]
+    message, output = run("plot.py", *folders, "--card", "--out=card.png")
+    assert message is None and is_png("card.png")
+    assert all(f"| out/run{i}, pretrained | 5{i}.0 |" in output for i in range(9))
+    assert "BERT-base, fully trained" in output and "On partial data" in output
+    figure = plot.draw_card(folders, "card.png")
+    (legend,) = figure.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names[:9] == [f"out/run{i}, pretrained" for i in range(9)] and len(set(names)) == 14
+    Path("out/run3/glue.json").write_text("{")
+    message, _ = run("plot.py", *folders, "--card")
+    assert message.startswith("plot.py: out/run3/glue.json is damaged") and "\n" not in message
+
+
+def test_a_damaged_log_is_told(run, model):
+    path = Path("out/tiny/log.jsonl")
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([lines[0], b"\xff\x00{", b"[1]", *lines[1:], b'{"step": 9']))
+    message, output = run("plot.py", "out/tiny")
+    assert message is None and "log.jsonl has 2 damaged lines, the first is line 2" in output
 
 
 def test_seeds_of_one_recipe_become_a_mean_and_a_range(home):

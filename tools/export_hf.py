@@ -17,8 +17,9 @@ import torch
 from tokenizers import Tokenizer, processors
 
 from model import BERT, Config, rename_old_parameters
-from nanocram.faults import Fault, one_line, read_json, run_script
+from nanocram.faults import Fault, one_line, run_script
 from nanocram.huggingface import to_hf
+from nanocram.rules import read_record, rules_lines, verdicts
 from nanocram.runs import open_run, read_log
 from nanocram.tokenizer import special_token
 
@@ -227,15 +228,12 @@ def write_readme(folder, run, task, init):
             f"{entry['hours']:.2f} hours, {steps}."
         )
 
-    # the rules, the scores, the settings
-    if (run / "rules.json").exists():
-        lines += ["", "Rules of cramming:", ""]
-        for rule, entry in read_json(run / "rules.json").items():
-            verdict = "yes" if entry["ok"] else "NO"
-            lines.append(f"* {rule}: {verdict} ({entry['did']})")
+    # the scores with the rules, or the rules alone; the settings
     if (run / "glue.md").exists():
         card = (run / "glue.md").read_text()
         lines += ["", card.replace("# Scorecard", "## Scorecard")]
+    elif (run / "rules.json").exists():
+        lines += ["", *rules_lines(verdicts({}, read_record(run)))]
     if (run / "config.json").exists():
         config = (run / "config.json").read_text().strip()
         lines += ["", "## Configuration", "", "```json", config, "```"]

@@ -1,7 +1,7 @@
 """Draw pictures of runs.
 
 python -m tools.plot out/x [out/y ...]            the curves of log.jsonl
-python -m tools.plot out/x --card                 the scores of glue.json, next to published ones
+python -m tools.plot out/x [out/y ...] --card     the scores of glue.json, next to published ones
 python -m tools.plot out/x out/y ... --scaling    loss by compute for models of several sizes
 
 Runs that differ in nothing but the seed share a colour. Their validation losses are drawn as their
@@ -23,7 +23,7 @@ from nanocram.docs_corpus import TASKS
 from nanocram.faults import Fault, read_json, run_script
 from nanocram.glue import NINE
 from nanocram.runs import add_time_fraction, fill_in_defaults, read_log
-from nanocram.scorecard import PUBLISHED, TITLES
+from nanocram.scorecard import PUBLISHED, TITLES, read_card, tables, warnings
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -285,39 +285,57 @@ def card_tasks(rows):
     return sorted(found)
 
 
-def draw_card(run, file):
-    """Draw the medians of a run's glue.json, and published ones if all tasks are GLUE's."""
-    path = Path(run) / "glue.json"
-    if not path.exists():
-        raise Fault(f"{path} does not exist; finetune_glue.py writes it")
-    rows = read_json(path)["rows"]
+def rows_of_cards(runs):
+    """Return {title: row} of the cards of one or more runs. A row is {task: entry}."""
+    rows = {}
+    for run in runs:
+        if not (Path(run) / "glue.json").exists():
+            raise Fault(f"{run}/glue.json does not exist; finetune_glue.py writes it")
+        for init, row in read_card(Path(run))["rows"].items():
+            title = TITLES.get(init, init)
+            if len(runs) > 1:
+                title = f"{run}, {title}"
+            rows[title] = row
+    return rows
+
+
+def draw_card(runs, file):
+    """Draw the medians in the cards of runs, and published ones if all tasks are GLUE's.
+
+    Print the same as tables.
+    """
+    rows = rows_of_cards(runs)
+    print("\n".join([*tables(rows), *warnings(rows)]))
     tasks = card_tasks(rows)
-    published = PUBLISHED if set(tasks) <= set(NINE) else {}
+    published = {}
+    for title, scores in PUBLISHED.items():
+        if set(tasks) <= scores.keys():
+            published[title] = scores
 
     # a group of bars per task, which leaves a fifth of the space between groups
     n_bars = len(rows) + len(published)
     width = 0.8 / n_bars
     centre = (n_bars - 1) / 2
-    inches = 1.6 * len(tasks) + 4
-    figure = new_figure(max(9, inches), 4.5)
+    inches = len(tasks) * max(1.6, 0.2 * n_bars) + 4
+    height = max(4.5, 0.25 * n_bars)  # of the legend
+    figure = new_figure(max(9, inches), height)
     axes = figure.subplots()
 
     # our own bars, with the standard deviation over fine-tuning seeds
-    for i, (init, row) in enumerate(rows.items()):
+    for i, (title, row) in enumerate(rows.items()):
         offset = (i - centre) * width
         present = [task for task in tasks if task in row]
         xs = [tasks.index(task) + offset for task in present]
         medians = [row[task]["median"] for task in present]
         deviations = [row[task]["sd"] for task in present]
-        color = COLORS[i % len(COLORS)]
-        label = TITLES.get(init, init)
-        axes.bar(xs, medians, width, yerr=deviations, color=color, label=label)
+        look = {"color": COLORS[i % len(COLORS)], "hatch": HATCHES[i // len(COLORS) % len(HATCHES)]}
+        axes.bar(xs, medians, width, yerr=deviations, label=title, **look)
 
     # published ones, in grey
-    for i, (title, numbers) in enumerate(published.items()):
+    for i, (title, scores) in enumerate(published.items()):
         offset = (len(rows) + i - centre) * width
         xs = np.arange(len(tasks)) + offset
-        heights = [numbers[NINE.index(task)] for task in tasks]
+        heights = [scores[task] for task in tasks]
         grey = {"color": "0.75", "edgecolor": "0.3", "hatch": HATCHES[i % len(HATCHES)]}
         axes.bar(xs, heights, width, label=title, **grey)
 
@@ -457,13 +475,13 @@ def main(argv=None):
     parser.add_argument("--x", choices=X, default="clock", help="horizontal axis of the curves")
     parser.add_argument("--out", metavar="FILE", help="the picture (default: in the first run)")
     kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--card", action="store_true", help="draw the scores of the first run")
+    kind.add_argument("--card", action="store_true", help="draw and print the scores of the runs")
     kind.add_argument("--scaling", action="store_true", help="draw loss by compute, with its law")
     args = parser.parse_args(argv)
 
     if args.card:
         file = args.out or Path(args.runs[0]) / "card.png"
-        draw_card(args.runs[0], file)
+        draw_card(args.runs, file)
     elif args.scaling:
         file = args.out or Path(args.runs[0]) / "scaling.png"
         draw_scaling(args.runs, file)
