@@ -620,7 +620,7 @@ class ClassificationHead(nn.Module):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 
-    def classify(self, pooled):
+    def forward(self, pooled):
         """Return (B, n_classes) of pooled texts (B, width)."""
         features = torch.tanh(self.pooler(pooled))
         features = dropout(features, self.dropout, self.training)
@@ -650,7 +650,7 @@ class Classifier(ClassificationHead):
         else:
             hidden = self.bert.encode(ids, mask, types)
             pooled = mean_of_tokens(hidden.float(), mask)
-        return self.classify(pooled)
+        return super().forward(pooled)
 
 
 def flops_per_token(config, seq_len, n_masked):

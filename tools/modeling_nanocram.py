@@ -340,7 +340,7 @@ class NanocramForSequenceClassification(NanocramPreTrainedModel):
             pooled = hidden[:, 0]
         else:
             pooled = mean_of_tokens(hidden, attention_mask)
-        logits = self.classifier.classify(pooled)
+        logits = self.classifier(pooled)
 
         loss = None
         if labels is not None:
