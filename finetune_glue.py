@@ -570,6 +570,7 @@ def saved_classifier(model, task, start):
         "pooling": start.pooling,
         "pair": task.train[0][1] is not None,
         "init": start.init,
+        "max_len": start.max_len,
         "tokenizer": start.tokenizer.to_str(),
     }
 

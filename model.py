@@ -47,6 +47,7 @@ class Config:
     position: str = "scaled_sinusoidal"
     token_types: int = 0  # [0, inf) kinds of segment embeddings, 0 = none; BERT has 2
     embedding_norm: bool = True  # norm after the embeddings
+    first_norm: bool = True  # the norm before the attention of the first block
     final_norm: bool = True  # norm before the head
     head_transform: bool = False  # linear layer, GELU and norm before the decoder
     decoder_bias: bool = False  # a bias for each token of the vocabulary
@@ -80,6 +81,7 @@ def require_possible(config):
     softmax = c.attention == "softmax"
     fourier = c.attention == "fourier"
     flash = c.attention == "flash"
+    post = c.norm_place == "post"
     rotary = c.position == "rotary"
     only_softmax = f"is for attention=softmax, not for {c.attention}"
     even_width = f"an even head width, not {width}"
@@ -96,6 +98,7 @@ def require_possible(config):
         (c.neighbour_keys and not softmax, "neighbour_keys needs rotary positions and softmax"),
         (c.neighbour_keys and not rotary, "neighbour_keys needs rotary positions and softmax"),
         (c.neighbour_keys and width % 4, f"neighbour_keys needs {width_of_4}"),
+        (post and not c.first_norm, "first_norm=False is for norm_place=pre, not for post"),
         (flash and c.norm_place == "post", "attention=flash is defined with norm_place=pre only"),
         (flash and not c.glu, "attention=flash is gated; it needs glu=True"),
         (c.glu and c.n_inner % 2, f"n_inner = {c.n_inner} must be even: {halves}"),
@@ -486,6 +489,8 @@ class BERT(nn.Module):
 
         # blocks
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        if not config.first_norm:
+            self.blocks[0].norm1 = nn.Identity()
         if config.embedding_skip:
             self.stream_scale = nn.Parameter(torch.ones(config.n_layer))
             self.skip_scale = nn.Parameter(torch.zeros(config.n_layer))
@@ -611,23 +616,42 @@ class BERT(nn.Module):
         return F.cross_entropy(logits.float(), targets)
 
 
-class Classifier(nn.Module):
-    """The encoder with the paper's head for GLUE: pool -> linear -> tanh -> dropout -> linear.
+class ClassificationHead(nn.Module):
+    """The paper's head for GLUE: linear -> tanh -> dropout -> linear.
 
-    n_classes: 1 for regression. pooler_width: outputs of the first linear layer, 1024 in the paper,
-    the model's own width for BERT's pretrained pooler.
+    width: channels of a pooled text. n_classes: 1 for regression. pooler_width: outputs of the
+    first linear layer, 1024 in the paper, the model's own width for BERT's pretrained pooler.
     """
 
-    def __init__(self, bert, n_classes, pooling="first", dropout=0.1, pooler_width=1024):
+    def __init__(self, width, n_classes, dropout=0.1, pooler_width=1024):
         super().__init__()
-        self.bert = bert
-        self.pooling = pooling
         self.dropout = dropout
-        self.pooler = nn.Linear(bert.config.n_embd, pooler_width)
+        self.pooler = nn.Linear(width, pooler_width)
         self.head = nn.Linear(pooler_width, n_classes)
         for layer in (self.pooler, self.head):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
+
+    def forward(self, pooled):
+        """Return (B, n_classes) of pooled texts (B, width)."""
+        features = torch.tanh(self.pooler(pooled))
+        features = dropout(features, self.dropout, self.training)
+        return self.head(features)
+
+
+def mean_of_tokens(hidden, mask):
+    """Return (B, D), the mean of hidden (B, T, D) over the real tokens of mask (B, T)."""
+    total = (hidden * mask[..., None]).sum(1)
+    return total / mask.sum(1, keepdim=True)
+
+
+class Classifier(ClassificationHead):
+    """The encoder, and the head on the first position or on the mean of all."""
+
+    def __init__(self, bert, n_classes, pooling="first", dropout=0.1, pooler_width=1024):
+        super().__init__(bert.config.n_embd, n_classes, dropout, pooler_width)
+        self.bert = bert
+        self.pooling = pooling
 
     def forward(self, ids, mask, types=None):
         """Return (B, n_classes) in fp32. ids, mask, types: (B, T), as in BERT.encode."""
@@ -637,11 +661,8 @@ class Classifier(nn.Module):
             pooled = self.bert.encode(ids, mask, types, first).float()
         else:
             hidden = self.bert.encode(ids, mask, types)
-            hidden = hidden.float() * mask[..., None]
-            pooled = hidden.sum(1) / mask.sum(1, keepdim=True)
-        features = torch.tanh(self.pooler(pooled))
-        features = dropout(features, self.dropout, self.training)
-        return self.head(features)
+            pooled = mean_of_tokens(hidden.float(), mask)
+        return super().forward(pooled)
 
 
 def flops_per_token(config, seq_len, n_masked):

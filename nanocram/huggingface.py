@@ -1,11 +1,13 @@
 """BERTs of Hugging Face in our names, and ours in theirs.
 
 `load_bert` reads a BERT from a folder or from the hub, so that it can be scored like a run of ours:
-a BERT, or the crammed BERT that the authors of the paper have released.
-`from_hf` and `to_hf` translate state dicts; tests compare the logits with those of `transformers`.
+a BERT, the crammed BERT that the authors of the paper have released, a ModernBERT of the form of
+config/modern.py, or what tools.export_hf writes. Tests compare the logits with those of
+`transformers`.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -182,6 +184,198 @@ def crammed_config(arch, folder):
 
 
 # --------------------------------------------------------------------------------------------------
+# ModernBERT, if all of its attention is global
+
+# a part of our name of a tensor, and what stands there in ModernBertForMaskedLM
+MODERN_NAMES = {
+    "embedding.": "model.embeddings.tok_embeddings.",
+    "embedding_norm.": "model.embeddings.norm.",
+    "blocks.": "model.layers.",
+    ".norm1.": ".attn_norm.",
+    ".attention.qkv.": ".attn.Wqkv.",
+    ".attention.out.": ".attn.Wo.",
+    ".norm2.": ".mlp_norm.",
+    ".feed_forward.up.": ".mlp.Wi.",
+    ".feed_forward.down.": ".mlp.Wo.",
+    "final_norm.": "model.final_norm.",
+    "transform.": "head.dense.",
+    "transform_norm.": "head.norm.",
+    "decoder_bias": "decoder.bias",
+}
+# The architecture of ModernBERT with global attention only, see config/modern.py
+MODERN_CONFIG = Config(position="rotary", first_norm=False, head_transform=True)
+# settings that some other ModernBERT may have in another way
+MODERN_VALUES = {
+    "norm_bias": True,
+    "hidden_activation": "gelu",
+    "classifier_activation": "gelu",
+    "rope_type": "default",
+}
+
+
+def modern_settings(config):
+    """Return the settings of ModernBertForMaskedLM for a Config of this architecture."""
+    theta = config.rotary_base
+    rotary = {"rope_type": "default", "rope_theta": theta}
+    return {
+        "model_type": "modernbert",
+        "architectures": ["ModernBertForMaskedLM"],
+        "vocab_size": config.vocab_size,
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "hidden_size": config.n_embd,
+        "intermediate_size": config.n_inner // 2,
+        "max_position_embeddings": config.max_len,
+        "hidden_activation": "gelu",
+        "norm_eps": config.norm_eps,
+        "norm_bias": True,
+        "attention_bias": config.bias,
+        "mlp_bias": config.bias,
+        "classifier_bias": config.bias,
+        "decoder_bias": config.decoder_bias,
+        "tie_word_embeddings": config.tie_weights,
+        # global attention in all layers: in the words of transformers 5, and of transformers 4
+        "layer_types": ["full_attention"] * config.n_layer,
+        "rope_parameters": {"full_attention": rotary, "sliding_attention": rotary},
+        "global_attn_every_n_layers": 1,
+        "global_rope_theta": theta,
+        "local_rope_theta": theta,
+    }
+
+
+def require_modern(settings, folder):
+    """Raise Fault if config.json describes a ModernBERT that ours cannot be."""
+    # the layers, in the words of transformers 5 or of transformers 4
+    every = settings.get("global_attn_every_n_layers", 3)
+    layers = settings.get("layer_types")
+    if layers is None and every == 1:
+        layers = ["full_attention"]
+    if layers is None or "sliding_attention" in layers:
+        what = "has local attention and two bases of its rotary positions"
+        raise Fault(f"{folder} is a ModernBERT that {what}; only one without them can be loaded")
+
+    # the rest
+    rotary = settings.get("rope_parameters") or {}
+    rotary = rotary.get("full_attention") or {}
+    found = {
+        "norm_bias": settings.get("norm_bias", False),
+        "hidden_activation": settings.get("hidden_activation", "gelu"),
+        "classifier_activation": settings.get("classifier_activation", "gelu"),
+        "rope_type": rotary.get("rope_type", "default"),
+    }
+    for name, value in MODERN_VALUES.items():
+        if found[name] != value:
+            raise Fault(f"{folder} has {name} = {found[name]}; only {value} can be loaded")
+
+
+def modern_config(settings, has_head):
+    """Return the Config for the settings of a ModernBERT."""
+    rotary = settings.get("rope_parameters") or {}
+    rotary = rotary.get("full_attention") or {}
+    return replace(
+        MODERN_CONFIG,
+        vocab_size=settings["vocab_size"],
+        n_layer=settings["num_hidden_layers"],
+        n_head=settings["num_attention_heads"],
+        n_embd=settings["hidden_size"],
+        n_inner=2 * settings["intermediate_size"],
+        max_len=settings["max_position_embeddings"],
+        norm_eps=settings.get("norm_eps", 1e-5),
+        bias=settings.get("mlp_bias", False),
+        rotary_base=rotary.get("rope_theta") or settings.get("global_rope_theta", 160000.0),
+        head_transform=has_head,
+        decoder_bias=has_head and settings.get("decoder_bias", True),
+        tie_weights=not has_head or settings.get("tie_word_embeddings", True),
+    )
+
+
+def swap_gate(name, tensor):
+    """Return the first layer of a gated one with its halves swapped; another tensor as it is."""
+    if ".feed_forward.up." in name:
+        value, gate = tensor.chunk(2)
+        return torch.cat([gate, value])
+    return tensor
+
+
+def to_modern(state):
+    """Return our state dict in the names of ModernBertForMaskedLM."""
+    theirs = {}
+    for our_name, tensor in state.items():
+        name = our_name
+        for ours, their in MODERN_NAMES.items():
+            name = name.replace(ours, their)
+        theirs[name] = swap_gate(our_name, tensor)
+    return theirs
+
+
+def from_modern(settings, state):
+    """Return (Config, state dict in our names, in fp32) of a ModernBERT, for its settings.
+
+    A head for masked language modelling is read, too, and no other one.
+    """
+    has_head = "ModernBertForMaskedLM" in settings.get("architectures", [])
+    config = modern_config(settings, has_head)
+    ours = {}
+    for their_name, tensor in state.items():
+        # a ModernBertModel alone has no prefix
+        name = their_name
+        if name.startswith(("embeddings.", "layers.", "final_norm.")):
+            name = f"model.{name}"
+        is_head = name.startswith(("head.", "decoder."))
+        is_copy = name == "decoder.weight" and config.tie_weights
+        if is_copy or not (name.startswith("model.") or is_head and has_head):
+            continue
+        for our, their in MODERN_NAMES.items():
+            name = name.replace(their, our)
+        ours[name] = swap_gate(name, tensor).float()
+    return config, ours
+
+
+# --------------------------------------------------------------------------------------------------
+# Our own class in tools/modeling_nanocram.py
+
+EXPORT_HEAD = ("transform.", "transform_norm.", "decoder.")
+
+
+def to_export(state):
+    """Return our state dict of a BERT in the names of NanocramForMaskedLM."""
+    theirs = {}
+    for name, tensor in state.items():
+        if name == "decoder_bias":
+            name = "decoder.bias"
+        if not name.startswith(EXPORT_HEAD):
+            name = f"model.bert.{name}"
+        theirs[name] = tensor
+    return theirs
+
+
+def from_export(settings, state):
+    """Return (Config, state dict in our names, in fp32) of a folder that has to_export's names.
+
+    A head for masked language modelling is read, too, and no other one.
+    """
+    fields = {name: settings[name] for name in vars(Config()) if name in settings}
+    config = Config(**fields)
+    has_head = "NanocramForMaskedLM" in settings["architectures"]
+    if not has_head:
+        config = replace(config, head_transform=False, decoder_bias=False, tie_weights=True)
+
+    ours = {}
+    for name, tensor in state.items():
+        # a NanocramModel alone has no prefix
+        inside = name.removeprefix("model.")
+        if inside.startswith("bert."):
+            ours[inside.removeprefix("bert.")] = tensor.float()
+        elif name == "decoder.bias":
+            ours["decoder_bias"] = tensor.float()
+        elif has_head and name.startswith(EXPORT_HEAD):
+            ours[name] = tensor.float()
+    if config.tie_weights:
+        ours.pop("decoder.weight", None)
+    return config, ours
+
+
+# --------------------------------------------------------------------------------------------------
 # Files
 
 
@@ -196,15 +390,23 @@ def load_bert(source):
     try:
         settings = json.loads((folder / "config.json").read_text())
         tokenizer = read_tokenizer(folder)
-        if settings["model_type"] == "crammedBERT":
+        kind = settings["model_type"]
+        if kind == "crammedBERT":
             config = crammed_config(settings["arch"], folder)
-            state = read_weights(folder)
-            weights = from_crammed(state, config.n_layer, config.n_head)
+            weights = from_crammed(read_weights(folder), config.n_layer, config.n_head)
             return Pretrained(config, weights, tokenizer, None, two_seps=True)
-        require_bert(settings, folder)
-        state = read_weights(folder)
-        weights = from_hf(state, settings["num_hidden_layers"])
-        config = our_config(settings, has_head="decoder_bias" in weights)
+        if kind == "modernbert":
+            require_modern(settings, folder)
+            state = read_weights(folder)
+            config, weights = from_modern(settings, state)
+        elif kind == "nanocram":
+            state = read_weights(folder)
+            config, weights = from_export(settings, state)
+        else:
+            require_bert(settings, folder)
+            state = read_weights(folder)
+            weights = from_hf(state, settings["num_hidden_layers"])
+            config = our_config(settings, has_head="decoder_bias" in weights)
     except Fault:
         raise
     except Exception as e:  # safetensors and tokenizers raise nothing more special

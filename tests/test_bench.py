@@ -15,6 +15,7 @@ from nanocram.faults import Fault
 from nanocram.glue import METRICS, load_task
 from tools import bench
 from tools.bench import Recipe, Turn
+from tools.export_hf import mark_as_in_fine_tuning
 
 
 def test_speeds_are_of_tokens(monkeypatch):
@@ -133,15 +134,15 @@ def score_of_plain_loop(name, settings, seed):
 
     # the exported model, with the dropout and the pooling that it was fine-tuned with
     tokenizer = transformers.AutoTokenizer.from_pretrained("exported", trust_remote_code=True)
+    mark_as_in_fine_tuning(tokenizer.backend_tokenizer)
     torch.manual_seed(seed)
-    architecture = json.loads(Path("exported/config.json").read_text())["architecture"]
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
         "exported",
         trust_remote_code=True,
         num_labels=len(task.labels),
         pooling=settings["glue_pooling"],
         classifier_dropout=settings["glue_dropout"],
-        architecture=architecture | {"dropout": settings["glue_dropout"]},
+        hidden_dropout_prob=settings["glue_dropout"],
     )
 
     def logits_of(examples):

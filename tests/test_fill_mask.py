@@ -28,7 +28,7 @@ def test_the_answers_are_the_models(run, model):
         [tokenizer.encode("bal", add_special_tokens=False).ids + [4]]
     )  # before the first mask
     full = [*ids[0].tolist(), *tokenizer.encode("fal", add_special_tokens=False).ids, 4]
-    full += tokenizer.encode(".", add_special_tokens=False).ids
+    full += [*tokenizer.encode(".", add_special_tokens=False).ids, 3]
     p = bert.logits(bert.encode(torch.tensor([full])))[0].softmax(-1)
     expected = []
     for at in (i for i, t in enumerate(full) if t == 4):

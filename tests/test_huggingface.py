@@ -12,13 +12,34 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY
 from test_finetune_glue import SMALL, glue  # noqa: F401
-from transformers import BertConfig, BertForMaskedLM, BertModel
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+    ModernBertForSequenceClassification,
+    ModernBertModel,
+)
 
-from model import BERT, Classifier
+from model import BERT, Classifier, Config
 from nanocram import huggingface
 from nanocram.faults import Fault
 from nanocram.glue import load_task, pearson
-from nanocram.huggingface import from_hf, load_bert, to_hf
+from nanocram.huggingface import (
+    from_hf,
+    from_modern,
+    load_bert,
+    modern_settings,
+    to_export,
+    to_hf,
+    to_modern,
+)
+from tools.modeling_nanocram import (
+    NanocramConfig,
+    NanocramForMaskedLM,
+    NanocramForSequenceClassification,
+)
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] . bal dem fal gol fin dar".split() + [
     f"w{i}" for i in range(38)
@@ -366,3 +387,104 @@ def plain_loop(folder, glue_dir, settings, seed):
     with torch.no_grad():
         found = torch.cat([values_of(dev[i : i + 64]) for i in range(0, len(dev), 64)])
     return pearson(found.numpy(), np.array([label for _, _, label in dev]))
+
+
+# --------------------------------------------------------------------------------------------------
+# ModernBERT, and our own exports
+
+SMALL_MODEL = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_inner": 64}
+LARGE_MODEL = {"n_layer": 12, "n_head": 6, "n_embd": 384, "n_inner": 1536}
+WITH_ALL = {"decoder_bias": True, "bias": True, "tie_weights": False}
+
+
+@pytest.mark.parametrize("changes", [SMALL_MODEL, SMALL_MODEL | WITH_ALL, LARGE_MODEL])
+def test_a_modern_bert_is_ours_and_back(tmp_path, changes):
+    """Logits and gradients, and what their save_pretrained writes is read again."""
+    torch.manual_seed(0)
+    form = {"position": "rotary", "first_norm": False, "head_transform": True}
+    config = Config(vocab_size=50, max_len=40, rotary_base=1000.0, **form, **changes)
+    ours = BERT(config).eval()
+    for p in ours.parameters():
+        p.data += torch.randn_like(p) * 0.02
+    settings = modern_settings(config)
+    kind = settings.pop("model_type"), settings.pop("architectures")
+    assert kind == ("modernbert", ["ModernBertForMaskedLM"])
+    theirs = ModernBertForMaskedLM(ModernBertConfig(**settings, pad_token_id=0)).eval()
+    theirs.load_state_dict(to_modern(ours.state_dict()), strict=not config.tie_weights)
+
+    ids, mask, _ = batch()
+    expected = theirs(ids, attention_mask=mask.long()).logits[mask]
+    logits = ours.logits(ours.encode(ids, mask))[mask]
+    assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-5)
+    for out in (logits, expected):
+        torch.nn.functional.cross_entropy(out, ids[mask]).backward()
+    gradients = {name: p.grad for name, p in theirs.named_parameters()}
+    gradients = from_modern(theirs.config.to_dict() | {"architectures": kind[1]}, gradients)[1]
+    for name, p in ours.named_parameters():
+        assert torch.allclose(p.grad, gradients[name], rtol=1e-3, atol=1e-5), name
+
+    theirs.save_pretrained(tmp_path)
+    Path(tmp_path, "vocab.txt").write_text("\n".join(WORDS))
+    again = load_bert(tmp_path)
+    assert again[0] == config and again[3] is None
+    assert again[1].keys() == ours.state_dict().keys()
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(again[1][name], tensor), name
+
+
+def test_a_modern_bert_without_its_head_is_read(tmp_path):
+    form = {"position": "rotary", "first_norm": False}
+    config = Config(vocab_size=50, max_len=40, **form, **SMALL_MODEL)
+    settings = modern_settings(config)
+    del settings["model_type"], settings["architectures"]
+    for kind in (ModernBertModel, ModernBertForSequenceClassification):
+        theirs = kind(ModernBertConfig(**settings, pad_token_id=0)).eval()
+        theirs.save_pretrained(tmp_path)
+        Path(tmp_path, "vocab.txt").write_text("\n".join(WORDS))
+        ours = our_bert(tmp_path)
+        assert not ours.config.head_transform
+        ids, mask, _ = batch()
+        expected = theirs.base_model(ids, attention_mask=mask.long()).last_hidden_state[mask]
+        assert torch.allclose(ours.encode(ids, mask)[mask], expected, atol=1e-5)
+
+
+def test_another_modern_bert_is_refused_in_one_line(tmp_path):
+    """ModernBERT-base has local attention in two of three layers, and two bases."""
+    small = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3, "pad_token_id": 0}
+    small |= {"num_attention_heads": 2, "intermediate_size": 32}
+    cases = {
+        "local attention and two bases": {},
+        "norm_bias = False": {"layer_types": ["full_attention"] * 3},
+        "hidden_activation = relu": {
+            "layer_types": ["full_attention"] * 3,
+            "norm_bias": True,
+            "hidden_activation": "relu",
+        },
+    }
+    for expected, settings in cases.items():
+        ModernBertForMaskedLM(ModernBertConfig(**small, **settings)).save_pretrained(tmp_path)
+        with pytest.raises(Fault, match=expected) as e:
+            load_bert(tmp_path)
+        assert "\n" not in str(e.value)
+    # as the hub has it, in the words of transformers 4
+    old = {"model_type": "modernbert", "global_attn_every_n_layers": 3, "local_attention": 128}
+    (tmp_path / "config.json").write_text(json.dumps(small | old))
+    with pytest.raises(Fault, match="local attention and two bases"):
+        load_bert(tmp_path)
+
+
+def test_our_own_exports_are_read(tmp_path):
+    """The masked language model with its head, and a classifier without it."""
+    own = {"qk_norm": True, "position": "rotary", "head_transform": True, "decoder_bias": True}
+    model = BERT(Config(vocab_size=50, max_len=40, **own, **SMALL_MODEL))
+    config = NanocramConfig(**vars(model.config))
+    for kind in (NanocramForMaskedLM, NanocramForSequenceClassification):
+        theirs = kind(config)
+        theirs.load_state_dict(to_export(model.state_dict()), strict=False)
+        theirs.save_pretrained(tmp_path)
+        Path(tmp_path, "vocab.txt").write_text("\n".join(WORDS))
+        ours = our_bert(tmp_path).state_dict()
+        has_head = kind == NanocramForMaskedLM
+        assert ("decoder_bias" in ours) == has_head
+        for name, tensor in ours.items():
+            assert torch.equal(tensor, model.state_dict()[name]), name

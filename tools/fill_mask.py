@@ -7,22 +7,59 @@ python -m tools.fill_mask out/demo --interactive                                
 
 import argparse
 import sys
+from pathlib import Path
 
 import torch
+from tokenizers.processors import TemplateProcessing
 
-from nanocram.faults import Fault, run_script
+from nanocram.faults import Fault, read_json, run_script
 from nanocram.runs import open_run
 from nanocram.tokenizer import special_token
+
+
+def corpus_of(run):
+    """Return meta.json of the corpus that a run was trained on, or None if it is not here."""
+    path = Path(run) / "config.json"
+    if not path.exists():
+        return None
+    config = read_json(path)
+    path = Path("data") / config["dataset"] / "meta.json"
+    if not path.exists():
+        return None
+    meta = read_json(path)
+    if meta["sha256"]["train"] != config.get("train_sha256"):
+        return None
+    return meta
+
+
+def mark_as_in_pretraining(tokenizer, meta):
+    """Make a tokenizer put the special tokens around a text that the rows of pretraining have.
+
+    Documents end with <sep>. They begin with <cls> only if the corpus says so: see insert_cls.
+    meta: meta.json of the corpus, or None.
+    """
+    names = ["sep"]
+    begin = ""
+    if meta is not None and meta["settings"]["insert_cls"]:
+        names.append("cls")
+        begin = special_token(tokenizer, "cls") + " "
+    sep = special_token(tokenizer, "sep")
+    tokens = [special_token(tokenizer, name) for name in names]
+    tokenizer.post_processor = TemplateProcessing(
+        single=f"{begin}$A {sep}",
+        pair=f"{begin}$A {sep} $B:1 {sep}:1",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in tokens],
+    )
 
 
 def fill_mask(model, tokenizer, text, top=5):
     """Return the likeliest tokens at each mask of a text: [[(token, probability), ...], ...].
 
+    tokenizer: after mark_as_in_pretraining.
     Raise Fault if the text has no mask, or too many tokens for the model.
     """
     mask = special_token(tokenizer, "mask")
-    # the rows of training have no <cls> either
-    tokens = torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids)
+    tokens = torch.tensor(tokenizer.encode(text).ids)
     positions = (tokens == tokenizer.token_to_id(mask)).nonzero().flatten()
     if len(positions) == 0:
         raise Fault(f"the text has no {mask}")
@@ -93,6 +130,7 @@ def main(argv=None):
     model, tokenizer = open_run(args.run)
     model.eval()
     tokenizer.encode_special_tokens = False  # "<mask>" in a text is the mask
+    mark_as_in_pretraining(tokenizer, corpus_of(args.run))
     # the texts
     if args.text is not None:
         texts = [args.text]
