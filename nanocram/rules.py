@@ -35,6 +35,22 @@ def rules_record(settings, count_tokens, hours, device, world):
     }
 
 
+def with_origin(record, init_from):
+    """Return the record of a run, with rules 1 and 2 broken if it started from other weights.
+
+    init_from: the key of that name.
+    """
+    if init_from == "scratch":
+        return record
+    changed = {}
+    for rule, entry in record.items():
+        if rule.startswith(("1", "2")):
+            did = entry["did"].replace("random initial weights", "")
+            entry = {"ok": False, "did": f"started from the weights of {init_from}; {did}"}
+        changed[rule] = entry
+    return changed
+
+
 def differing(settings):
     """Return the keys in which these dicts are not all the same."""
     # a key that one of them lacks differs, too

@@ -75,7 +75,7 @@ def load_tokenizer(path):
     """
     # read it
     try:
-        file = os.path.expanduser(path)
+        file = tokenizer_of_model(os.path.expanduser(path))
         if is_on_the_hub(file):
             file = download(file)
         tokenizer = Tokenizer.from_file(file)
@@ -108,6 +108,44 @@ def download(path):
 
     owner, dataset, inside = path.split("/", 2)
     return hf_hub_download(f"{owner}/{dataset}", inside, repo_type="dataset")
+
+
+# --------------------------------------------------------------------------------------------------
+# The tokenizer of a model
+
+
+def tokenizer_of_model(path):
+    """Return the file of a tokenizer, given the folder of a model, or its id on the hub.
+
+    Any other path is returned as it is. A hub id is "name" or "owner/name".
+    """
+    if os.path.isdir(path):
+        return os.path.join(path, "tokenizer.json")
+    is_id = path.count("/") <= 1 and not path.endswith(".json") and not path.startswith((".", "/"))
+    if not is_id or os.path.exists(path):
+        return path
+    from huggingface_hub import hf_hub_download
+
+    return hf_hub_download(path, "tokenizer.json")
+
+
+def tokenizer_difference(first, second):
+    """Return which part of two tokenizers differs, or "" if they give the same ids for any text.
+
+    Not their bytes: padding, truncation and what goes around a text may differ.
+    """
+    if first.get_vocab() != second.get_vocab():
+        return "vocabulary"
+    one, other = (json.loads(tokenizer.to_str()) for tokenizer in (first, second))
+    if one["normalizer"] != other["normalizer"]:
+        return "normaliser"
+    if one["pre_tokenizer"] != other["pre_tokenizer"]:
+        return "pre-tokeniser"
+    # the merges of BPE and the scores of a unigram model are no part of get_vocab()
+    for part in ("type", "merges", "vocab"):
+        if one["model"].get(part) != other["model"].get(part):
+            return "model"
+    return ""
 
 
 # --------------------------------------------------------------------------------------------------

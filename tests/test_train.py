@@ -281,6 +281,7 @@ def test_a_run_learns_more_than_unigrams(run, tiny_data):
         "model.pt",
         "rules.json",
         "tokenizer.json",
+        "train.lock",
     ]
     saved = torch.load("out/tiny/model.pt", weights_only=True)
     assert saved["config"]["n_embd"] == 64 and not [k for k in saved["model"] if "_orig_mod" in k]
@@ -476,7 +477,10 @@ def test_a_checkpoint_from_before_a_key_has_its_default(run, tiny_data):
     torch.save(ckpt, path)
 
     def load(config):
-        return runs.Run("out/tiny", config, ROOT / "train.py", train.FREE_KEYS, "auto").checkpoint
+        args = (config, ROOT / "train.py", train.FREE_KEYS, train.rates_of_checkpoint, "auto")
+        run = runs.Run("out/tiny", *args)
+        run.close()
+        return run.checkpoint
 
     os.remove("out/tiny/model.pt")
     assert load(config)["step"] == 2
