@@ -561,7 +561,7 @@ def main(config):
     micro = micro_batch_rows(config, world)
     origin = None
     if init_from != "scratch":
-        origin = load_origin(config, folder / "tokenizer.json")
+        origin = load_origin(config, folder)
         given = keys_given(__file__, sys.argv[1:])
         config = adopt_architecture(config, origin, given, seq_len)
     run = Run(out_dir, config, __file__, FREE_KEYS, rates_of_checkpoint, resume, rank)

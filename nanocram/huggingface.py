@@ -8,10 +8,10 @@ import json
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 
 from model import Config
 from nanocram.faults import Fault, one_line
+from nanocram.tokenizer import TOKENIZER_FILES, read_tokenizer
 
 # Our name of a tensor, and the names in BertForMaskedLM whose tensors it stacks.
 # A name without a suffix stands for its .weight and its .bias; {i} is the number of the block.
@@ -38,14 +38,7 @@ NAMES = {
     "decoder_bias": [HEAD + "bias"],
 }
 # all that load_bert reads; a repository on the hub holds the same weights in other formats, too
-HUB_FILES = [
-    "config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.txt",
-    "model.safetensors",
-    "pytorch_model.bin",
-]
+HUB_FILES = ["config.json", "model.safetensors", "pytorch_model.bin", *TOKENIZER_FILES]
 
 # --------------------------------------------------------------------------------------------------
 # Names
@@ -195,26 +188,3 @@ def read_weights(folder):
     except ImportError as e:
         raise Fault(f"{path} needs `pip install safetensors`") from e
     return load_file(path)
-
-
-def read_tokenizer(folder):
-    """Return the tokenizer in tokenizer.json, or the one that vocab.txt describes."""
-    path = folder / "tokenizer.json"
-    if path.exists():
-        tokenizer = Tokenizer.from_file(str(path))
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        return tokenizer
-
-    # the first BERT checkpoints have a vocabulary only
-    from tokenizers.implementations import BertWordPieceTokenizer
-
-    vocabulary = folder / "vocab.txt"
-    if not vocabulary.exists():
-        raise Fault(f"{folder} has neither tokenizer.json nor vocab.txt")
-    lowercase = True
-    settings = folder / "tokenizer_config.json"
-    if settings.exists():
-        lowercase = json.loads(settings.read_text()).get("do_lower_case", True)
-    tokenizer = BertWordPieceTokenizer(str(vocabulary), lowercase=lowercase)
-    return Tokenizer.from_str(tokenizer.to_str())

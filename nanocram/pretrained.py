@@ -10,13 +10,11 @@ The architecture is that of the weights, and the corpus must have the tokenizer 
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
 from model import BERT, Config
 from nanocram.faults import Fault, one_line, read_json
 from nanocram.huggingface import load_bert
 from nanocram.runs import CHECKPOINTS, open_run, read_checkpoint
-from nanocram.tokenizer import tokenizer_difference
+from nanocram.tokenizer import read_tokenizer, tokenizer_difference
 
 # keys of the model that are free: `dropout` has no weights, and positions can be added or cut off
 FREE = {"dropout", "max_len", "vocab_size"}
@@ -58,10 +56,10 @@ class Origin:
 # Read the weights
 
 
-def load_origin(config, tokenizer_path):
+def load_origin(config, data):
     """Return the Origin of a run with this config. Raise Fault if it cannot start there.
 
-    tokenizer_path: the tokenizer.json of the corpus.
+    data: the folder of the corpus.
     """
     source = config["init_from"]
     if config["count_tokens"]:
@@ -80,7 +78,7 @@ def load_origin(config, tokenizer_path):
         checkpoint = load_branch(path, config)
         own_config = checkpoint["config"]
         weights = checkpoint["model"]
-        tokenizer = read_tokenizer(path.with_name("tokenizer.json"))
+        tokenizer = tokenizer_in(path.parent)
     elif (path / "log.jsonl").exists() and not (path / "model.pt").exists():
         branch = f"--init_from={path}/ckpt.pt branches off"
         raise Fault(f"{path} is not finished, so it has no model.pt; {branch}")
@@ -95,10 +93,10 @@ def load_origin(config, tokenizer_path):
             print(f"{source} has no head for masked words; its embedding is the decoder")
 
     # ids mean something only with the tokenizer that gave them
-    difference = tokenizer_difference(tokenizer, read_tokenizer(tokenizer_path))
+    difference = tokenizer_difference(tokenizer, tokenizer_in(data))
     if difference:
         raise Fault(
-            f"the corpus in {tokenizer_path.parent} has another {difference} than {source}; "
+            f"the corpus in {data} has another {difference} than {source}; "
             f"prepare.py with --tokenizer_file={source_of_tokenizer(source)} makes one that fits"
         )
     return Origin(source, own_config, weights, checkpoint)
@@ -116,11 +114,11 @@ def load_branch(path, config):
     return checkpoint
 
 
-def read_tokenizer(path):
+def tokenizer_in(folder):
     try:
-        return Tokenizer.from_file(str(path))
+        return read_tokenizer(folder)
     except Exception as e:  # tokenizers raises nothing more special
-        raise Fault(f"{path} cannot be read: {one_line(e)}") from e
+        raise Fault(f"the tokenizer in {folder} cannot be read: {one_line(e)}") from e
 
 
 def source_of_tokenizer(source):

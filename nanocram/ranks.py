@@ -83,7 +83,10 @@ def run(main, config):
         # of NCCL and of the store, or of gloo, which has no class
         if not (isinstance(e, dist.DistError) or "gloo" in str(e)):
             raise
-        why = f"another process of this job has ended, or hangs ({one_line(e)[:160]})"
+        # gloo begins with a line of its source, and goes on after the first sentence
+        reason = str(e).partition("] ")[2] or one_line(e)
+        reason = reason.partition(". ")[0]
+        why = f"another process of this job has ended, or hangs ({reason})"
         raise Fault(f"{why}; what was saved is intact, the same command continues") from e
 
 
@@ -101,10 +104,9 @@ def wrap(forward, device):
     if world_size() == 1:
         return forward
     gpus = [torch.cuda.current_device()] if device == "cuda" else None
-    # the buffers are fixed tables, the same everywhere
-    return DistributedDataParallel(
-        forward, device_ids=gpus, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    # the buffers are fixed tables: once is enough
+    options = {"forward_sync_buffers": False, "gradient_as_bucket_view": True}
+    return DistributedDataParallel(forward, device_ids=gpus, **options)
 
 
 def share_gradient(forward, is_last):

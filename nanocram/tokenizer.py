@@ -9,6 +9,7 @@ import os
 import sys
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 from tokenizers import (
@@ -26,6 +27,7 @@ from nanocram.faults import Fault, one_line
 from nanocram.spool import MAX_DOCUMENT, cut_text
 
 SPECIAL_TOKENS = ["<pad>", "<unk>", "<cls>", "<sep>", "<mask>"]  # their ids are 0 to 4
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.txt"]  # of a model
 NON_ASCII = r"[^\x00-\x7F]+"
 MAX_IDS = 65536  # what fits into uint16
 BATCH_CHARS = 1 << 20  # characters of documents that are tokenized together
@@ -71,14 +73,21 @@ def vocab_size_of(tokenizer):
 def load_tokenizer(path):
     """Return the tokenizer of a tokenizer.json: a file, or owner/dataset/path on the hub.
 
+    Or that of a model: the folder of a run or of a Hugging Face BERT, or an id on the hub.
+
     Raise Fault if it cannot be read, has too many ids, or lacks a special token.
     """
     # read it
     try:
-        file = tokenizer_of_model(os.path.expanduser(path))
+        file = os.path.expanduser(path)
         if is_on_the_hub(file):
             file = download(file)
-        tokenizer = Tokenizer.from_file(file)
+        if is_model(file):
+            tokenizer = read_tokenizer(model_folder(file))
+        else:
+            tokenizer = Tokenizer.from_file(file)
+    except Fault:
+        raise
     except Exception as e:  # tokenizers raises nothing more special
         raise Fault(f"the tokenizer {str(path)!r} cannot be read: {one_line(e)}") from e
 
@@ -114,19 +123,42 @@ def download(path):
 # The tokenizer of a model
 
 
-def tokenizer_of_model(path):
-    """Return the file of a tokenizer, given the folder of a model, or its id on the hub.
-
-    Any other path is returned as it is. A hub id is "name" or "owner/name".
-    """
-    if os.path.isdir(path):
-        return os.path.join(path, "tokenizer.json")
+def is_model(path):
+    """Return whether a path is a folder, or looks like the id of a model: name or owner/name."""
     is_id = path.count("/") <= 1 and not path.endswith(".json") and not path.startswith((".", "/"))
-    if not is_id or os.path.exists(path):
-        return path
-    from huggingface_hub import hf_hub_download
+    return os.path.isdir(path) or (is_id and not os.path.exists(path))
 
-    return hf_hub_download(path, "tokenizer.json")
+
+def model_folder(source):
+    """Return the folder of a model, or the local copy of its tokenizer if it is on the hub."""
+    if os.path.isdir(source):
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(source, allow_patterns=TOKENIZER_FILES))
+
+
+def read_tokenizer(folder):
+    """Return the tokenizer in tokenizer.json, or the one that vocab.txt describes."""
+    path = folder / "tokenizer.json"
+    if path.exists():
+        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        return tokenizer
+
+    # the first BERT checkpoints have a vocabulary only
+    from tokenizers.implementations import BertWordPieceTokenizer
+
+    vocabulary = folder / "vocab.txt"
+    if not vocabulary.exists():
+        raise Fault(f"{folder} has neither tokenizer.json nor vocab.txt")
+    lowercase = True
+    settings = folder / "tokenizer_config.json"
+    if settings.exists():
+        lowercase = json.loads(settings.read_text()).get("do_lower_case", True)
+    tokenizer = BertWordPieceTokenizer(str(vocabulary), lowercase=lowercase)
+    return Tokenizer.from_str(tokenizer.to_str())
 
 
 def tokenizer_difference(first, second):
