@@ -578,6 +578,8 @@ def main(config):
     scaler = torch.amp.GradScaler(device, enabled=model.dtype == torch.float16)
     wandb = start_wandb(run.folder, config, run.checkpoint) if wandb_log and rank == 0 else None
     restore(run, origin, model, opts, scaler, state, first_lr=rates_at(0.0, config)[0])
+    corpus = int(config["train_sha256"][:12], 16)
+    ranks.require_same([state["step"], corpus], "checkpoint and corpus")
     if rank == 0:
         run.begin(state, folder / "tokenizer.json")
 

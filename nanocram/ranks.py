@@ -138,12 +138,30 @@ def agree(stop, log, save, elapsed):
     mine = [float(stop), 0.0, 0.0, 0.0]
     if dist.get_rank() == 0:
         mine[1:] = [float(log), float(save), elapsed]
-    # a group that another library has made may be of NCCL alone
-    device = "cpu" if "gloo" in dist.get_backend_config() else "cuda"
-    shared = torch.tensor(mine, dtype=torch.float64, device=device)
+    shared = torch.tensor(mine, dtype=torch.float64, device=agreement_device())
     dist.all_reduce(shared, dist.ReduceOp.MAX)
     stop, log, save, elapsed = shared.tolist()
     return bool(stop), bool(log), bool(save), elapsed
+
+
+def require_same(numbers, what):
+    """Raise Fault in all processes unless all have the same numbers, which are exact in float64."""
+    if world_size() == 1:
+        return
+    mine = torch.tensor(numbers, dtype=torch.float64, device=agreement_device())
+    limits = torch.cat([mine, -mine])
+    dist.all_reduce(limits, dist.ReduceOp.MAX)
+    largest, smallest = limits[: len(mine)], -limits[len(mine) :]
+    if not torch.equal(largest, smallest):
+        raise Fault(f"the processes of this job do not see the same {what}; they need one disk")
+
+
+def agreement_device():
+    """Return where a tensor is shared without a GPU, or on one if the group is of NCCL alone.
+
+    A group that another library has made may be.
+    """
+    return "cpu" if "gloo" in dist.get_backend_config() else "cuda"
 
 
 def copy_from_first(tensors):

@@ -45,9 +45,8 @@ def test_a_damaged_checkpoint_has_a_predecessor(run, tiny_data, damage):
 def test_one_process_at_a_time(run, tiny_data, home, monkeypatch):
     """The second one is refused, and has changed nothing; a kill lets the third one in."""
     monkeypatch.setattr(runs, "lock", functools.partial(lock, patience=0.1))
-    process = start(
-        "train.py", *TINY, "--max_steps=100_000", "--checkpoint_minutes=0.001", cwd=home
-    )
+    endless = [*TINY, "--max_steps=100_000", "--checkpoint_minutes=0.001"]
+    process = start("train.py", *endless, cwd=home)
     while not Path("out/tiny/ckpt.pt").exists():
         assert process.poll() is None
     for resume in ("auto", "never"):
