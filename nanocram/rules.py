@@ -44,9 +44,10 @@ def with_origin(record, init_from):
         return record
     changed = {}
     for rule, entry in record.items():
-        if rule.startswith(("1", "2")):
-            did = entry["did"].replace("random initial weights", "")
-            entry = {"ok": False, "did": f"started from the weights of {init_from}; {did}"}
+        if rule.startswith("1"):
+            entry = {"ok": False, "did": f"started from the weights of {init_from}"}
+        elif rule.startswith("2"):
+            entry = {"ok": False, "did": f"weights of {init_from}; {entry['did']}"}
         changed[rule] = entry
     return changed
 

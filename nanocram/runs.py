@@ -118,7 +118,9 @@ class Run:
             more = f"--init_from={folder} starts another run from it"
             raise Fault(f"{folder} holds a finished run; {advice}; {more}")
 
+        # a checkpoint to continue
         self.path = self.folder / CHECKPOINTS[0]
+        self.is_damaged = False
         self.checkpoint = None
         if self.saved() and resume == "auto":
             self.checkpoint = self.load_checkpoint()
@@ -155,6 +157,7 @@ class Run:
             if not older:
                 raise
             print(f"warning: {e}; the one before is taken, {older[0].name}")
+            self.is_damaged = True
             checkpoint = read_checkpoint(older[0])
 
         # what has changed since
@@ -194,6 +197,8 @@ class Run:
         model.load_state_dict(checkpoint["model"])
         for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(state)
+
+        # the scaler, and what may explain that the curve goes on differently
         if checkpoint["scaler"]:  # empty if that part of the run was not in fp16
             scaler.load_state_dict(checkpoint["scaler"])
         if checkpoint["torch"] != str(torch.__version__):
@@ -205,12 +210,15 @@ class Run:
 
         tokenizer: the file to keep a copy of.
         """
+        # all checks have passed: the first change on the disk
         log = self.folder / "log.jsonl"
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self.is_locked:
             self.lock()
             if log.exists():
                 raise Fault(f"another process has begun a run in {self.folder}; do not start two")
+
+        # go on, or begin with an empty log and none of the files of an older run
         if self.checkpoint:
             # kills must not stretch the budget: time after the last checkpoint counts as well
             state["elapsed"] = max(state["elapsed"], truncate_log(log, state["step"]))
@@ -224,6 +232,7 @@ class Run:
                 (self.folder / name).unlink(missing_ok=True)
             for name in OUTPUT_FOLDERS:
                 shutil.rmtree(self.folder / name, ignore_errors=True)
+
         write_json(self.folder / "config.json", self.config)
         self.checkpoint = None  # its memory is needed
 
@@ -235,7 +244,11 @@ class Run:
             "scaler": scaler.state_dict(),
         }
         more = {"config": self.config, "torch": str(torch.__version__)}
-        save_torch(self.path, parts | state | more, keep=self.folder / CHECKPOINTS[1])
+
+        # a damaged one takes the place of none that can be read
+        keep = None if self.is_damaged else self.folder / CHECKPOINTS[1]
+        save_torch(self.path, parts | state | more, keep)
+        self.is_damaged = False
 
 
 class StopRequest:
@@ -270,6 +283,7 @@ def read_log(path):
 
 def truncate_log(path, step):
     """Drop the log lines after `step`. Return the time of the last line, in seconds."""
+    # the time of the steps that are lost stays spent
     entries = read_log(path)
     hours = max((entry["hours"] for entry in entries), default=0.0)
     kept = [entry for entry in entries if entry["step"] <= step]
@@ -312,6 +326,7 @@ class Log:
 
     def write(self, state, progress, **entry):
         """Write one entry, after the step, tokens, hours and progress that it belongs to."""
+        # the file
         elapsed = state["elapsed"]
         head = {"step": state["step"], "tokens": state["tokens"]}
         head |= {"hours": elapsed / 3600, "progress": progress}
@@ -319,6 +334,7 @@ class Log:
         if self.wandb:
             self.wandb.log(head | entry, step=state["step"])
 
+        # the terminal
         self.bar.n = min(state["step"] if self.max_steps else round(elapsed), self.bar.total)
         if self.bar.disable or "loss" not in entry:
             shown = [f"{name} {x:,.4g}" for name, x in entry.items() if x is not None]

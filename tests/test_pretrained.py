@@ -16,6 +16,7 @@ from tokenizers import normalizers, pre_tokenizers
 import train
 from nanocram import tokenizer as tokenizer_module
 from nanocram.pretrained import fit_positions
+from nanocram.rules import rules_line
 from nanocram.tokenizer import load_tokenizer, tokenizer_difference
 
 # no key of the model: the architecture is that of the weights
@@ -60,7 +61,8 @@ def test_a_run_starts_with_the_weights_and_the_architecture_of_another(run, orig
 
     record = json.loads(Path("out/next/rules.json").read_text())
     assert [rule[0] for rule, entry in record.items() if not entry["ok"]] == ["1", "2"]
-    assert "started from the weights of out/tiny" in record[min(record)]["did"]
+    line = rules_line({"rows": {"run": {}}}, record)
+    assert "1 a masked language model from scratch (started from the weights of out/tiny)" in line
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_touched(run, origin):

@@ -270,6 +270,25 @@ def test_printed_lines_in_any_order_give_the_table_of_the_sweep(run, home, monke
     assert tables[0] == tables[1] and "| crammed | 1 | 2 |" in tables[0][2]
 
 
+def test_printed_lines_have_the_steps_that_were_measured(home, monkeypatch, capsys):
+    def measured(configs, tokens, path):
+        print("crammed: 1.00 times the tokens/s")
+        return {"crammed": 7}
+
+    monkeypatch.setattr(sweep, "steps_of", measured)
+    words = ["crammed", "flash", "--tokens=9000", "--tasks=cola", "--seeds=2", "--print"]
+    sweep.main([*words, "--sources=my texts"])
+    output, errors = capsys.readouterr()
+    lines = output.splitlines()
+    assert len(lines) == 2 and "flash does not run" in errors and "tokens/s" in errors
+    for seed, line in zip((1337, 1338), lines):
+        assert line.startswith("python prepare.py config/crammed.py '--sources=my texts'")
+        assert f"--out_dir=out/sweep/crammed-{seed} --seed={seed}; }} && python finet" in line
+        assert line.count("--max_steps=7") == 3
+    with pytest.raises(Fault, match="cannot measure the models of init_from"):
+        sweep.main([*words, "--init_from=out/x"])
+
+
 def write_run(folder, loss, score, final_loss, tokenizer, has_rte):
     """Write what --table reads of a run."""
     folder.mkdir(parents=True)

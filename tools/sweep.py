@@ -256,9 +256,9 @@ def shell_line(name, seed, words, out):
 
 def print_lines(names, configs, args, words):
     """Print the shell line of each run, the first seed of all entries first."""
+    # measure how many steps each entry gets; the lines alone go to the standard output
     steps = {}
     if args.tokens:
-        # the lines alone go to the standard output
         with contextlib.redirect_stdout(sys.stderr):
             args.out.mkdir(parents=True, exist_ok=True)
             steps = steps_of(configs, args.tokens, args.out / "speeds.json")
@@ -266,6 +266,8 @@ def print_lines(names, configs, args, words):
             if name not in steps:
                 print(f"{name} does not run, see above", file=sys.stderr)
         names = [name for name in names if name in steps]
+
+    # all entries with one seed, then with the next
     for seed in range(FIRST_SEED, FIRST_SEED + args.seeds):
         for name in names:
             own_words = words
