@@ -31,7 +31,6 @@ def test_a_damaged_checkpoint_has_a_predecessor(run, tiny_data, damage):
         os.remove(last)
     else:
         last.write_bytes(half)
-    steps_kept = {"torn": 7, "missing": 7}
     if damage == "both torn":
         before.write_bytes(half)
         assert "ckpt.old.pt cannot be read" in run("train.py", *args)[0]
@@ -41,7 +40,7 @@ def test_a_damaged_checkpoint_has_a_predecessor(run, tiny_data, damage):
     assert ("warning: out/tiny/ckpt.pt cannot be read" in output) == (damage == "torn")
     assert all(torch.equal(whole[key], value) for key, value in weights().items())
     assert [entry["step"] for entry in log()] == list(range(1, 9))
-    assert torch.load(before, weights_only=True)["step"] == steps_kept[damage]
+    assert torch.load(before, weights_only=True)["step"] == 7
 
 
 def test_one_process_at_a_time(run, tiny_data, home, monkeypatch):

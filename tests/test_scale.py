@@ -6,8 +6,11 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
 from conftest import ROOT, TINY_DATA, TINY_MODEL, sentences
 from test_train import log
+
+from nanocram.docs_corpus import package_documents
 
 SMALL = {
     "prepare.py": [word for word in TINY_DATA if not word.startswith("--dataset")],
@@ -94,3 +97,73 @@ def write_as_datatrove(documents):
 
 def language(i):
     return "en" if i < 300 else "de"
+
+
+# --------------------------------------------------------------------------------------------------
+# What it brings, in minutes on a CPU
+
+
+def val_losses(name):
+    return [entry["val_loss"] for entry in log(name, "val_loss")]
+
+
+@pytest.mark.slow
+def test_training_on_beats_the_model_before_and_one_from_scratch(run, home):
+    """From the documentation of torch to that of other packages, equal steps, three seeds."""
+    with open("torch.txt", "w") as torch_file, open("others.txt", "w") as others:
+        for text, package in package_documents():
+            file = torch_file if package == "torch" else others
+            file.write(text[:20_000].replace("\n\n", "\n") + "\n\n")
+
+    # one tokenizer, of the first kind of text
+    data = ["--vocab_size=2048", "--seq_len=64", "--val_rows=64", "--filter_ratio=0.0"]
+    data += ["--order=shuffle", "--max_rows=0", "--max_chars=10_000_000"]
+    model = "--n_layer=2 --n_head=2 --n_embd=64 --n_inner=256 --position=rotary".split()
+    model += ["--rotary_base=1000.0", "--compile=False", "--learning_rate=0.005"]
+    model += ["--batch_size=32", "--micro_batch_size=32", "--batch_ramp=0.0", "--device=cpu"]
+    first = [*data, "--dataset=torch", "--sources=torch.txt"]
+    second = [*data, "--dataset=others", "--sources=others.txt", "--tokenizer_file=out/a1"]
+    assert run("prepare.py", *first)[0] is None
+
+    gains = []
+    for seed in (1, 2, 3):
+        words = [*model, f"--seed={seed}"]
+        args = [*first, *words, "--max_steps=600", f"--out_dir=out/a{seed}"]
+        assert run("train.py", *args)[0] is None
+        if seed == 1:
+            assert run("prepare.py", *second)[0] is None
+        words += [*second, "--max_steps=200"]
+        on = ["--out_dir=out/on", f"--init_from=out/a{seed}", "--resume=never"]
+        assert run("train.py", *words, *on)[0] is None
+        assert run("train.py", *words, "--out_dir=out/scratch", "--resume=never")[0] is None
+        before, after = val_losses("on")[0], val_losses("on")[-1]
+        gains.append((before - after, val_losses("scratch")[-1] - after))
+    print(f"lower than before, and than from scratch, by {gains} nats")
+    assert min(min(pair) for pair in gains) > 0
+
+
+@pytest.mark.slow
+def test_a_second_phase_of_long_rows_lowers_the_loss_there(run, home):
+    """In the toy language of the tests, with equal tokens: rows of 32, then a tenth in 128."""
+    Path("text.txt").write_text("\n\n".join(sentences(3000)))
+    model = [*TINY_MODEL, "--max_len=128", "--position=rotary", "--rotary_base=100.0"]
+    model += ["--n_embd=64", "--n_inner=128", "--compile=False", "--device=cpu"]
+    model += ["--batch_ramp=0.0", "--learning_rate=0.003"]
+    short = [*TINY_DATA, *model, "--batch_size=32", "--micro_batch_size=32"]
+    long = [*TINY_DATA, *model, "--dataset=long", "--seq_len=128", "--tokenizer_file=out/a"]
+    long += ["--batch_size=8", "--micro_batch_size=8"]
+    assert run("prepare.py", *short)[0] is None
+    constant = ["--schedule=constant", "--warmup=0.05", "--max_steps=540"]
+    assert run("train.py", *short, *constant, "--out_dir=out/a")[0] is None
+    assert run("prepare.py", *long)[0] is None
+
+    # the second phase, against a run that has had all of its time in short rows
+    two = ["--init_from=out/a/ckpt.pt", "--schedule=linear", "--max_steps=60", "--out_dir=out/two"]
+    assert run("train.py", *long, *two)[0] is None
+    args = ["--schedule=trapezoid", "--cooldown=0.1", "--warmup=0.05", "--max_steps=600"]
+    assert run("train.py", *short, *args, "--out_dir=out/one")[0] is None
+    args = ["--init_from=out/one", "--max_steps=1", "--out_dir=out/look"]
+    assert run("train.py", *long, *args)[0] is None
+    one, two = val_losses("look")[0], val_losses("two")[-1]
+    print(f"on rows of 128: {two:.3f} with the second phase, {one:.3f} without")
+    assert two < one
