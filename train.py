@@ -549,7 +549,7 @@ def main(config):
     device = pick_device(config["device"])
     if max_steps:
         make_deterministic(device)
-    rank, world, is_ours = ranks.start(device)
+    rank, world, group_is_ours = ranks.start(device)
 
     # the data, and a config that holds all that decides what is learned
     folder = Path("data") / dataset
@@ -582,6 +582,7 @@ def main(config):
     ranks.require_same([state["step"], corpus], "checkpoint and corpus")
     if rank == 0:
         run.begin(state, folder / "tokenizer.json")
+    run.checkpoint = origin = None  # their memory is needed
 
     # what the loop reports
     count = n_masked(seq_len, mask_rate)
@@ -606,9 +607,8 @@ def main(config):
     interval = Interval(device)
     start = interval.start - state["elapsed"]
     last_eval = last_checkpoint = state["elapsed"]
-    if origin and first_step == 0:
-        last_eval = -math.inf  # what these weights can do before they have seen this corpus
-    del origin  # its memory is needed
+    if init_from != "scratch" and first_step == 0:
+        last_eval = -math.inf  # evaluate at once: what can these weights do on this corpus?
 
     while True:
         # where are we? a signal to any process stops all, and the clock is rank 0's
@@ -677,7 +677,7 @@ def main(config):
         if done:
             break
         if stop_now:
-            ranks.finish(is_ours)
+            ranks.finish(group_is_ours)
             how = "the same command" if resume == "auto" else "--resume=auto"
             # out of memory, the same command would be out of memory again
             more = f", {how} continues" if stop.reason in ("stopped", "") else ""
@@ -736,7 +736,7 @@ def main(config):
         record = rules_record(meta["settings"], count_tokens, hours, device, state["world"])
         record = with_origin(record, init_from)
         write_result(run, model, state, record, evaluation, flops, peak * world)
-    ranks.finish(is_ours)
+    ranks.finish(group_is_ours)
     run.close()
 
 

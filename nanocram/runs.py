@@ -234,7 +234,6 @@ class Run:
                 shutil.rmtree(self.folder / name, ignore_errors=True)
 
         write_json(self.folder / "config.json", self.config)
-        self.checkpoint = None  # its memory is needed
 
     def save(self, state, model, optimizers, scaler):
         """Write ckpt.pt, and keep the one before. state: {step, tokens, rows, elapsed, world}."""
