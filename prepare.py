@@ -62,7 +62,8 @@ max_chars = 0  # [0, inf) characters to read in all, 0 = everything
 # vocabulary
 tokenizer_kind = "wordpiece"  # {wordpiece, bpe, unigram} kind of the vocabulary
 vocab_size = 32768  # [16, 65536] entries of the vocabulary, special tokens included
-# a given tokenizer.json, or one on the hub as owner/dataset/path/in/it.json; empty = train one
+# a given tokenizer.json, or one on the hub as owner/dataset/path/in/it.json; or that of a model:
+# the folder of a run or of a Hugging Face BERT, or a hub id; empty = train one
 tokenizer_file = ""
 # [1, inf) raw characters, sampled from all, that the vocabulary is trained on
 tokenizer_chars = 400_000_000

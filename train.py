@@ -4,12 +4,13 @@ data/<dataset>/{train,val}.bin  ->  out/<run>/{model.pt, ckpt.pt, log.jsonl, rul
 
 Every schedule is a function of progress in [0, 1]: elapsed seconds over the budget, or steps over
 max_steps for runs that must be repeatable to the last bit. A stopped run continues with the same
-command. Several GPUs, which are outside the rules of cramming, give the same curve as one:
-torchrun --nproc_per_node=2 train.py config/demo.py
+command. init_from starts from weights that exist. Several GPUs, which are outside the rules of
+cramming, give the same curve as one: torchrun --nproc_per_node=2 train.py config/demo.py
 """
 
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -20,12 +21,13 @@ from tqdm import tqdm
 
 from model import BERT, Config, flops_per_token
 from nanocram import ranks
-from nanocram.configurator import configure
+from nanocram.configurator import configure, keys_given
 from nanocram.cooccurrence import initialize_from_counts
 from nanocram.device import compile_checked, make_deterministic, peak_flops, pick_device, pick_dtype
 from nanocram.faults import Fault, is_out_of_memory, run_script, sha256_of, write_json
 from nanocram.optim import make_optimizers, step_unless
-from nanocram.rules import rules_record
+from nanocram.pretrained import adopt_architecture, load_origin
+from nanocram.rules import rules_record, with_origin
 from nanocram.runs import Log, Run, StopRequest, save_torch, start_wandb
 
 # the run
@@ -33,6 +35,9 @@ out_dir = "out/demo"  # folder of the run
 dataset = "demo"  # corpus: data/<dataset>, as prepare.py wrote it
 # {auto, never} auto continues a stopped run; never starts anew and overwrites what is in out_dir
 resume = "auto"
+# weights to start from: "scratch" (random ones), the folder of a run, its ckpt.pt (a branch, with
+# its optimizer), or a Hugging Face BERT (folder or hub id); the architecture is then theirs
+init_from = "scratch"
 # (0, inf) hours of wall clock from the first step on; counting (count_tokens) and evaluation count
 budget_hours = 24.0
 max_steps = 0  # [0, inf) steps; 0 = the clock decides, else the clock is ignored
@@ -139,6 +144,21 @@ def batch_rows(p, batch_size, batch_ramp, batch_ramp_rows):
     return min(batch_ramp_rows * (increments + 1), batch_size)
 
 
+def rates_at(p, config):
+    """Return (learning rate, rows in the global batch) of a run's config at progress p."""
+    c = config
+    shape = (c["schedule"], c["warmup"], c["cooldown"], c["triangle_base"])
+    lr = c["learning_rate"] * learning_rate_factor(p, *shape)
+    return lr, batch_rows(p, c["batch_size"], c["batch_ramp"], c["batch_ramp_rows"])
+
+
+def rates_of_checkpoint(checkpoint, config):
+    """Return (learning rate, rows) with which a checkpoint goes on under a run's config."""
+    budget = (config["budget_hours"], config["max_steps"])
+    p = progress_of(checkpoint["step"], checkpoint["elapsed"], *budget)
+    return rates_at(p, config)
+
+
 # --------------------------------------------------------------------------------------------------
 # Data
 
@@ -220,17 +240,22 @@ def n_masked(seq_len, rate):
     return max(round(rate * seq_len), 1)
 
 
-def mask_tokens(ids, count, mask_id, vocab_size, generator, mix=True):
+def mask_tokens(ids, count, mask_id, vocab_size, generator, mix=True, rank=0, world=1):
     """Mask exactly `count` positions of every row of ids (B, T). Special tokens are not spared.
 
     Of these, round(80 %) become mask_id, round(10 %) a random token of the whole vocabulary, and
     the rest stay as they are. Without `mix` all become mask_id.
+    rank, world: of the processes that each have B rows of one batch. The random numbers are drawn
+    for the whole batch, so that they do not depend on the number of processes.
 
     Returns inputs (B, T), positions in the row (B, count), targets (B, count).
     """
+    B, T = ids.shape
+    mine = slice(B * rank, B * (rank + 1))
+
     # the largest `count` of T random numbers; they come sorted by the numbers, so in random order,
     # and the first 80 % of the positions are a random 80 %
-    noise = torch.rand(ids.shape, generator=generator, device=ids.device)
+    noise = torch.rand((B * world, T), generator=generator, device=ids.device)[mine]
     positions = noise.topk(count, dim=1).indices
     targets = ids.gather(1, positions)
 
@@ -239,9 +264,9 @@ def mask_tokens(ids, count, mask_id, vocab_size, generator, mix=True):
         n_mask, n_random = round(0.8 * count), round(0.1 * count)
     fill = targets.clone()
     fill[:, :n_mask] = mask_id
-    shape = (len(ids), n_random)
+    shape = (B * world, n_random)
     random_ids = torch.randint(vocab_size, shape, generator=generator, device=ids.device)
-    fill[:, n_mask : n_mask + n_random] = random_ids
+    fill[:, n_mask : n_mask + n_random] = random_ids[mine]
     return ids.scatter(1, positions, fill), positions, targets
 
 
@@ -251,14 +276,13 @@ def flat_positions(positions, seq_len):
     return (positions + first).flatten()
 
 
-def split_batch(batch, micro_batch_size, rank=0, world=1):
+def split_batch(batch, micro_batch_size):
     """Return a masked batch as micro-batches [(inputs (b, T), flat positions, flat targets), ...].
 
-    batch: what mask_tokens returns. With several processes, each takes its own slice of the rows.
+    batch: what mask_tokens returns.
     """
-    rows, seq_len = batch[0].shape
-    mine = slice(rows // world * rank, rows // world * (rank + 1))
-    inputs, positions, targets = (part[mine].split(micro_batch_size) for part in batch)
+    seq_len = batch[0].size(1)
+    inputs, positions, targets = (part.split(micro_batch_size) for part in batch)
     micro_batches = []
     for i, p, t in zip(inputs, positions, targets):
         micro_batches.append((i, flat_positions(p, seq_len), t.flatten()))
@@ -313,6 +337,17 @@ def evaluate(model, rows, mask_id, device, batch=64):
 # A step
 
 
+def prepare_forward(model, compile, micro_batches, device):
+    """Return what computes the loss of a micro-batch: the model, compiled if asked for.
+
+    The gradient is checked first. With several processes, each gets the mean gradient of all.
+    """
+    forward = model
+    if compile:
+        forward = compile_checked(model, *micro_batches[0])
+    return ranks.wrap(forward, device)
+
+
 def set_learning_rate(optimizers, lr):
     for opt in optimizers:
         for group in opt.param_groups:
@@ -322,23 +357,25 @@ def set_learning_rate(optimizers, lr):
 def training_step(model, forward, optimizers, scaler, micro_batches, grad_clip, stop=None):
     """Take one step of all optimizers on a batch. Return (loss, grad_norm, is_bad), on the device.
 
-    forward: the model, or what torch.compile made of it. micro_batches: as of split_batch.
+    forward: the model, or what torch.compile and ranks.wrap made of it. micro_batches: as of
+    split_batch.
     grad_clip: largest norm of the gradient, 0 = no clipping. is_bad: loss or gradient was not
     finite, and no weight has changed. stop: a StopRequest; once it has a reason, the step is given
     up and None returned.
     """
-    # forward and backward: the gradient is the mean over all micro-batches of all processes
-    world = ranks.world_size()
-    fraction = 1 / (len(micro_batches) * world)
+    # forward and backward: the gradient is the mean over the micro-batches, and after the last one
+    # the mean of that over all processes
+    fraction = 1 / len(micro_batches)
     step_loss = torch.zeros((), device=micro_batches[0][0].device)
-    for micro_batch in micro_batches:
-        if stop and stop.reason and world == 1:
+    for i, micro_batch in enumerate(micro_batches):
+        if stop and stop.reason and ranks.world_size() == 1:
             model.zero_grad(set_to_none=True)
             return None
+        ranks.share_gradient(forward, i == len(micro_batches) - 1)
         loss = forward(*micro_batch) * fraction
         scaler.scale(loss).backward()
         step_loss += loss.detach()
-    ranks.add_up([step_loss, *(p.grad for p in model.parameters())])
+    step_loss = ranks.mean(step_loss)
 
     # clip
     for opt in optimizers:
@@ -480,6 +517,21 @@ def count_neighbours(model, rows, tokens, rank):
     return seconds
 
 
+def restore(run, origin, model, opts, scaler, state, first_lr):
+    """Load the run's checkpoint, or what it starts from, if there is one. Change `state` to that.
+
+    origin: of load_origin, or None. first_lr: the learning rate of the first step.
+    """
+    checkpoint = run.checkpoint
+    if checkpoint:
+        run.restore(checkpoint, model, opts, scaler)
+        # rule 4 counts the most devices of any part of the run
+        world = max(state["world"], checkpoint["world"])
+        state.update({name: checkpoint[name] for name in state}, world=world)
+    elif origin:
+        state["rows"] = origin.restore(model, opts, scaler, first_lr)
+
+
 def describe(model, rows, peak, peak_name, world, budget_hours, max_steps):
     """Print the size of the run."""
     n = sum(p.numel() for p in model.parameters())
@@ -493,10 +545,21 @@ def describe(model, rows, peak, peak_name, world, budget_hours, max_steps):
     print(f"{budget} at a peak of {peak / 1e12:.1f} TFLOP/s ({world} x {peak_name})")
 
 
-def describe_work(state, flops, of_peak):
-    work = f"{state['step']:,} steps, {state['tokens'] / 1e6:.1f} M tokens"
+def write_result(run, model, state, record, evaluation, flops, peak):
+    """Write rules.json and model.pt, and print what the run has reached.
+
+    record: the content of rules.json. evaluation: of `evaluate`. flops: per token. peak: FLOP/s.
+    """
+    write_json(run.folder / "rules.json", record)
+    path = run.folder / "model.pt"
+    save_torch(path, {"config": vars(model.config), "model": model.state_dict()})
+
+    used = flops * state["tokens"]
+    of_peak = used / (peak * max(state["elapsed"], 1e-9))
     hours = f"after {state['elapsed'] / 3600:.3f} h"
-    return f"{hours}, {work}, {flops / 1e18:.3g} exaFLOP, {of_peak:.0%} of the peak"
+    work = f"{state['step']:,} steps, {state['tokens'] / 1e6:.1f} M tokens"
+    work = f"{hours}, {work}, {used / 1e18:.3g} exaFLOP, {of_peak:.0%} of the peak"
+    print(f"{path}: val_loss {evaluation['val_loss']:.3f} nats {work}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -508,7 +571,7 @@ def main(config):
     device = pick_device(config["device"])
     if max_steps:
         make_deterministic(device)
-    rank, world = ranks.start(device)
+    rank, world, group_is_ours = ranks.start(device)
 
     # the data, and a config that holds all that decides what is learned
     folder = Path("data") / dataset
@@ -518,28 +581,30 @@ def main(config):
     vocab_size = meta["vocab_size"]
     config = config_of_run(config, globals().keys(), meta)
     micro = micro_batch_rows(config, world)
-    run = Run(out_dir, config, __file__, FREE_KEYS, resume)
-    ckpt = run.checkpoint
+    origin = None
+    if init_from != "scratch":
+        origin = load_origin(config, folder)
+        given = keys_given(__file__, sys.argv[1:])
+        config = adopt_architecture(config, origin, given, seq_len)
+    run = Run(out_dir, config, __file__, FREE_KEYS, rates_of_checkpoint, resume, rank)
 
-    # the model and its optimizers: from scratch, or from the checkpoint
+    # the model and its optimizers: from scratch, from other weights, or from the checkpoint
     torch.manual_seed(seed)
     model = build_model(config, seq_len, device)
     model.dtype = pick_dtype(device, dtype)
     state = {"step": 0, "tokens": 0, "rows": 0, "elapsed": 0.0, "world": world}
-    if count_tokens and not ckpt:
+    if count_tokens and not run.checkpoint:
         state["elapsed"] = count_neighbours(model, train_rows, count_tokens, rank)
     betas = (beta1, beta2)
     opts = make_optimizers(model, optimizer, learning_rate, weight_decay, betas, adam_eps)
     scaler = torch.amp.GradScaler(device, enabled=model.dtype == torch.float16)
-    wandb = start_wandb(run.folder, config, ckpt) if wandb_log and rank == 0 else None
-    if ckpt:
-        run.restore(ckpt, model, opts, scaler)
-        state = {name: ckpt[name] for name in state}
-        # rule 4 counts the most devices of any part of the run
-        state["world"] = max(state["world"], world)
-        del ckpt
+    wandb = start_wandb(run.folder, config, run.checkpoint) if wandb_log and rank == 0 else None
+    restore(run, origin, model, opts, scaler, state, first_lr=rates_at(0.0, config)[0])
+    corpus = int(config["train_sha256"][:12], 16)
+    ranks.require_same([state["step"], corpus], "checkpoint and corpus")
     if rank == 0:
         run.begin(state, folder / "tokenizer.json")
+    run.checkpoint = origin = None  # their memory is needed
 
     # what the loop reports
     count = n_masked(seq_len, mask_rate)
@@ -564,6 +629,8 @@ def main(config):
     interval = Interval(device)
     start = interval.start - state["elapsed"]
     last_eval = last_checkpoint = state["elapsed"]
+    if init_from != "scratch" and first_step == 0:
+        last_eval = -math.inf  # evaluate at once: what can these weights do on this corpus?
 
     while True:
         # where are we? a signal to any process stops all, and the clock is rank 0's
@@ -606,7 +673,7 @@ def main(config):
         look = save_now or done or stop_now or not interval.steps
         if look and streak >= too_many:
             since_recovery = state["step"] - int(streak) - last_recovery
-            if not run.path.exists() or since_recovery < 100:
+            if not run.saved() or since_recovery < 100:
                 module = first_non_finite(model, micro_batches)
                 raise Fault(diagnosis(state["step"], int(streak), lr, float(grad_norm), module))
             ckpt = run.load_checkpoint()
@@ -633,7 +700,7 @@ def main(config):
         if done:
             break
         if stop_now:
-            ranks.finish()
+            ranks.finish(group_is_ours)
             how = "the same command" if resume == "auto" else "--resume=auto"
             # out of memory, the same command would be out of memory again
             more = f", {how} continues" if stop.reason in ("stopped", "") else ""
@@ -642,21 +709,20 @@ def main(config):
 
         # the next batch: masks and dropout depend on seed and step alone, not on interruptions, and
         # masks not on how the batch is split
-        lr = learning_rate * learning_rate_factor(
-            progress, schedule, warmup, cooldown, triangle_base
-        )
+        lr, rows = rates_at(progress, config)
         set_learning_rate(opts, lr)
-        rows = batch_rows(progress, batch_size, batch_ramp, batch_ramp_rows)
-        ids = next_rows(train_rows, state["rows"], rows, device)
+        mine = rows // world
+        ids = next_rows(train_rows, state["rows"] + rank * mine, mine, device)
         step_seed = int(np.random.SeedSequence([seed, state["step"]]).generate_state(1)[0])
         generator.manual_seed(step_seed)
-        batch = mask_tokens(ids, count, mask_id, vocab_size, generator, mask_80_10_10)
-        micro_batches = split_batch(batch, micro, rank, world)
+        draw = (generator, mask_80_10_10, rank, world)
+        batch = mask_tokens(ids, count, mask_id, vocab_size, *draw)
+        micro_batches = split_batch(batch, micro)
 
         # step
         try:
-            if compile and state["step"] == first_step:
-                forward = compile_checked(model, *micro_batches[0])
+            if state["step"] == first_step:
+                forward = prepare_forward(model, compile, micro_batches, device)
             torch.manual_seed(step_seed + 1 + rank)
             result = training_step(model, forward, opts, scaler, micro_batches, grad_clip, stop)
         except RuntimeError as e:
@@ -691,19 +757,15 @@ def main(config):
     if rank == 0:
         hours = state["elapsed"] / 3600
         record = rules_record(meta, config, hours, device, state["world"])
-        write_json(run.folder / "rules.json", record)
-        path = run.folder / "model.pt"
-        save_torch(path, {"config": vars(model.config), "model": model.state_dict()})
-        used = flops * state["tokens"]
-        of_peak = used / (peak * world * max(state["elapsed"], 1e-9))
-        work = describe_work(state, used, of_peak)
-        print(f"{path}: val_loss {evaluation['val_loss']:.3f} nats {work}")
-    ranks.finish()
+        record = with_origin(record, init_from)
+        write_result(run, model, state, record, evaluation, flops, peak * world)
+    ranks.finish(group_is_ours)
+    run.close()
 
 
 if __name__ == "__main__":
     run_script(
-        lambda: main(configure(globals())),
+        lambda: ranks.run(main, configure(globals())),
         kept="what was saved before is intact",
         out_of_memory="before or after a step: the model, or count_tokens, is too large here",
     )

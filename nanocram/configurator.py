@@ -344,6 +344,21 @@ def drop_if_meaningless(name, key, config, when, is_own):
     config[name] = copy.deepcopy(key.default)
 
 
+def keys_given(script, argv):
+    """Return the keys that config files and overrides set, whatever they set them to."""
+    config = resolve(script, argv)
+    given = set()
+    for word in argv:
+        name, _, text = word.removeprefix("--").partition("=")
+        if not word.startswith("--"):
+            given |= run_config_file(word).keys()
+        elif name in ("scale", "ablation"):
+            given |= overrides_named(name, text, config).keys()
+        else:
+            given.add(name)
+    return given
+
+
 def first_accepted(keys, name, value):
     """Return the value as one declaration of a key takes it. Raise the Fault of the first."""
     faults = []

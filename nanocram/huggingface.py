@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from model import Config
 from nanocram.faults import Fault, one_line
+from nanocram.tokenizer import TOKENIZER_FILES, read_tokenizer
 
 # Our name of a tensor, and the names in BertForMaskedLM whose tensors it stacks.
 # A name without a suffix stands for its .weight and its .bias; {i} is the number of the block.
@@ -58,7 +59,7 @@ CRAMMED_NAMES = {
     "final_norm": ["final_norm"],
 }
 # all that load_bert reads; a repository on the hub holds the same weights in several formats
-HUB_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt"]
+HUB_FILES = ["config.json", *TOKENIZER_FILES]
 WEIGHT_FILES = ["model.safetensors", "pytorch_model.bin"]  # the first one that exists is read
 
 
@@ -389,12 +390,11 @@ def load_bert(source):
         folder = download(source)
     try:
         settings = json.loads((folder / "config.json").read_text())
-        tokenizer = read_tokenizer(folder)
         kind = settings["model_type"]
         if kind == "crammedBERT":
             config = crammed_config(settings["arch"], folder)
-            weights = from_crammed(read_weights(folder), config.n_layer, config.n_head)
-            return Pretrained(config, weights, tokenizer, None, two_seps=True)
+            state = read_weights(folder)
+            weights = from_crammed(state, config.n_layer, config.n_head)
         if kind == "modernbert":
             require_modern(settings, folder)
             state = read_weights(folder)
@@ -407,6 +407,7 @@ def load_bert(source):
             state = read_weights(folder)
             weights = from_hf(state, settings["num_hidden_layers"])
             config = our_config(settings, has_head="decoder_bias" in weights)
+        tokenizer = read_tokenizer(folder)
     except Fault:
         raise
     except Exception as e:  # safetensors and tokenizers raise nothing more special
@@ -417,7 +418,7 @@ def load_bert(source):
     for name, tensor in state.items():
         if "pooler.dense." in name:
             pooler[name.rpartition(".")[2]] = tensor.float()
-    return Pretrained(config, weights, tokenizer, pooler or None, two_seps=False)
+    return Pretrained(config, weights, tokenizer, pooler or None, two_seps=kind == "crammedBERT")
 
 
 def download(source):
@@ -481,26 +482,3 @@ def read_weights(folder):
     except ImportError as e:
         raise Fault(f"{path} needs `pip install safetensors`") from e
     return load_file(path)
-
-
-def read_tokenizer(folder):
-    """Return the tokenizer in tokenizer.json, or the one that vocab.txt describes."""
-    path = folder / "tokenizer.json"
-    if path.exists():
-        tokenizer = Tokenizer.from_file(str(path))
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        return tokenizer
-
-    # the first BERT checkpoints have a vocabulary only
-    from tokenizers.implementations import BertWordPieceTokenizer
-
-    vocabulary = folder / "vocab.txt"
-    if not vocabulary.exists():
-        raise Fault(f"{folder} has neither tokenizer.json nor vocab.txt")
-    lowercase = True
-    settings = folder / "tokenizer_config.json"
-    if settings.exists():
-        lowercase = json.loads(settings.read_text()).get("do_lower_case", True)
-    tokenizer = BertWordPieceTokenizer(str(vocabulary), lowercase=lowercase)
-    return Tokenizer.from_str(tokenizer.to_str())

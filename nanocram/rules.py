@@ -236,6 +236,19 @@ def verdicts(rows, record, overlap=None):
     return found
 
 
+def with_origin(record, init_from):
+    """Return the record of a run, with rules 1 and 2 broken if it started from other weights.
+
+    init_from: the key of that name.
+    """
+    if init_from == "scratch":
+        return record
+    changed = dict(record)
+    changed[SCRATCH] = entry(BROKEN, f"started from the weights of {init_from}")
+    changed[NO_MODEL] = entry(BROKEN, f"weights of {init_from}; {record[NO_MODEL]['did']}")
+    return changed
+
+
 def differing(settings):
     """Return the keys in which these dicts are not all the same."""
     # a key that one of them lacks differs, too

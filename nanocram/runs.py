@@ -1,8 +1,10 @@
 """The folder out/<run> of a pretraining run: begin or continue it, checkpoint, log, model.
 
-What was saved survives kill -9, a full disk and a change of the code.
+What was saved survives kill -9, a full disk and a change of the code. The checkpoint before the
+last one is kept, too: a disk or a network may damage a file that was written without an error.
 """
 
+import contextlib
 import errno
 import json
 import math
@@ -10,6 +12,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -18,27 +21,34 @@ from tqdm import tqdm
 
 from model import BERT
 from nanocram.configurator import defaults_of
-from nanocram.faults import Fault, one_line, replace_file, write_json
+from nanocram.faults import Fault, lock, one_line, replace_file, write_json
 
 CHECKPOINT_PARTS = "model optimizers scaler step tokens rows elapsed world torch".split()
+CHECKPOINTS = ["ckpt.pt", "ckpt.old.pt"]  # the last one, and the one before
+# files that say nothing about whether a folder is that of a run: locks, and logs of schedulers
+NOT_OF_A_RUN = ["*.lock", "*.log", "slurm-*.out"]
+# keys of the length of a run, and of the learning rate and the batch that depend on it
+BUDGET_KEYS = {"budget_hours", "max_steps"}
 # What other scripts make of a run, or an earlier run left: none of it belongs to a new one.
-OUTPUT_FILES = ["ckpt.pt", "model.pt", "rules.json", "glue.json", "glue.md", "submission.zip"]
+OUTPUT_FILES = [*CHECKPOINTS, "model.pt", "rules.json", "glue.json", "glue.md", "submission.zip"]
 OUTPUT_FOLDERS = ["submission", "classifiers", "predictions", "checkpoints", "scratch"]
 
 
-def save_torch(path, value):
+def save_torch(path, value, keep=None):
     """Write torch.save's file, complete or not at all.
 
-    An older file stays until the new one was read back.
+    keep: path under which an older file stays.
     """
     with replace_file(path) as f:
         try:
             torch.save(value, f)
-            f.flush()
-            torch.load(f.name, map_location="cpu", weights_only=True)
         except RuntimeError as e:  # torch's writer replaces the file's own error
             message = f"could not be written ({str(e).splitlines()[0]})"
             raise OSError(errno.EIO, message, str(path)) from e
+        if keep and path.exists():
+            f.flush()
+            os.fsync(f.fileno())
+            os.replace(path, keep)
 
 
 def open_run(folder, **changes):
@@ -67,47 +77,117 @@ def fill_in_defaults(config, script="train.py"):
 # The folder
 
 
+def read_checkpoint(path):
+    """Return a checkpoint, on the CPU. Raise Fault if it is damaged or missing."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        for part in ["config", *CHECKPOINT_PARTS]:
+            checkpoint[part]
+    except Exception as e:
+        advice = "remove it, or --resume=never starts anew"
+        raise Fault(f"{path} cannot be read: {one_line(e)}; {advice}") from e
+    return checkpoint
+
+
 class Run:
     """The folder of one run, and its checkpoint if there is one to continue."""
 
-    def __init__(self, folder, config, script, free_keys, resume):
+    def __init__(self, folder, config, script, free_keys, rates, resume, rank=0):
         """Look at the folder and change nothing. Raise Fault if this run has no place in it.
 
         free_keys: what may differ between the parts of one run.
+        rates: function of (checkpoint, config) that returns the learning rate and the batch.
         """
         self.folder = Path(folder)
         self.config = config
         self.script = script
         self.free_keys = free_keys
+        self.rates = rates
+        self.is_locked = rank != 0  # the first process has the lock for all
+        self.held = contextlib.ExitStack()
+
+        # the folder is new, or that of a run
+        is_run = (self.folder / "log.jsonl").exists()
+        if not is_run and self.has_other_files():
+            raise Fault(f"{folder} holds files that are not of a run; choose another out_dir")
+        # a run that another process is working on is not looked at
+        if is_run:
+            self.lock()
         if (self.folder / "model.pt").exists() and resume == "auto":
             advice = "choose another out_dir, or --resume=never to overwrite it"
-            raise Fault(f"{folder} holds a finished run; {advice}")
-        used = self.folder.exists() and any(self.folder.iterdir())
-        if used and not (self.folder / "log.jsonl").exists():
-            raise Fault(f"{folder} holds files that are not of a run; choose another out_dir")
-        self.path = self.folder / "ckpt.pt"
+            more = f"--init_from={folder} starts another run from it"
+            raise Fault(f"{folder} holds a finished run; {advice}; {more}")
+
+        # a checkpoint to continue
+        self.path = self.folder / CHECKPOINTS[0]
+        self.is_damaged = False
         self.checkpoint = None
-        if self.path.exists() and resume == "auto":
+        if self.saved() and resume == "auto":
             self.checkpoint = self.load_checkpoint()
 
+    def has_other_files(self):
+        """Return whether the folder has files that are neither locks nor logs of a scheduler."""
+        paths = self.folder.iterdir() if self.folder.exists() else []
+        return any(not any(map(path.match, NOT_OF_A_RUN)) for path in paths)
+
+    def lock(self):
+        """Keep other processes out of the folder until this one ends, however it ends."""
+        if not self.is_locked:
+            self.held.enter_context(lock(self.folder / "train.lock", self.folder))
+            self.is_locked = True
+
+    def close(self):
+        """Let other processes into the folder."""
+        self.held.close()
+
+    def saved(self):
+        """Return the paths of the checkpoints that exist, the last one first."""
+        paths = [self.folder / name for name in CHECKPOINTS]
+        return [path for path in paths if path.exists()]
+
     def load_checkpoint(self):
-        """Return the checkpoint, on the CPU. Raise Fault if damaged or of another experiment."""
+        """Return the last checkpoint, or the one before if that is damaged, on the CPU.
+
+        Raise Fault if all are damaged, or of another experiment.
+        """
+        last, *older = self.saved()
         try:
-            checkpoint = torch.load(self.path, map_location="cpu", weights_only=True)
-            old = fill_in_defaults(checkpoint["config"], self.script)
-            for part in CHECKPOINT_PARTS:
-                checkpoint[part]
-        except Exception as e:
-            advice = "remove it, or --resume=never starts anew"
-            raise Fault(f"{self.path} cannot be read: {one_line(e)}; {advice}") from e
-        changed = []
+            checkpoint = read_checkpoint(last)
+        except Fault as e:
+            if not older:
+                raise
+            print(f"warning: {e}; the one before is taken, {older[0].name}")
+            self.is_damaged = True
+            checkpoint = read_checkpoint(older[0])
+
+        # what has changed since
+        old = fill_in_defaults(checkpoint["config"], self.script)
+        changed = {}
         for key, value in old.items():
             if key not in self.free_keys and self.config.get(key) != value:
-                changed.append(f"{key} was {value!r}, now {self.config.get(key)!r}")
-        if changed:
-            what = f"{self.path} is of another experiment: {'; '.join(changed)}"
+                changed[key] = f"{key} was {value!r}, now {self.config.get(key)!r}"
+        if changed and changed.keys() <= BUDGET_KEYS and self.is_longer_than(old):
+            self.require_same_rates(checkpoint, old)
+        elif changed:
+            what = f"{last} is of another experiment: {'; '.join(changed.values())}"
             raise Fault(f"{what}; choose another out_dir, or --resume=never")
         return checkpoint
+
+    def is_longer_than(self, old):
+        """Return whether the config has a larger budget than an old one, of the same kind."""
+        new = self.config
+        same_kind = bool(new["max_steps"]) == bool(old["max_steps"])
+        return same_kind and all(new[key] >= old[key] for key in BUDGET_KEYS)
+
+    def require_same_rates(self, checkpoint, old):
+        """Raise Fault if a longer budget changes the learning rate or the batch at once."""
+        before = self.rates(checkpoint, old)
+        after = self.rates(checkpoint, self.config)
+        if not math.isclose(before[0], after[0]) or before[1] != after[1]:
+            jump = "learning rate {:.3g} and {} rows become {:.3g} and {}".format(*before, *after)
+            branch = f"--init_from={self.path} --schedule=linear --warmup=0.0 --out_dir=ANOTHER"
+            what = f"with a longer budget, the schedule of {self.folder} jumps here ({jump})"
+            raise Fault(f"{what}; {branch} branches off, with a budget of its own")
 
     def restore(self, checkpoint, model, optimizers, scaler):
         """Load a checkpoint into the model, its optimizers and the loss scaler."""
@@ -117,6 +197,8 @@ class Run:
         model.load_state_dict(checkpoint["model"])
         for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(state)
+
+        # the scaler, and what may explain that the curve goes on differently
         if checkpoint["scaler"]:  # empty if that part of the run was not in fp16
             scaler.load_state_dict(checkpoint["scaler"])
         if checkpoint["torch"] != str(torch.__version__):
@@ -128,8 +210,15 @@ class Run:
 
         tokenizer: the file to keep a copy of.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        # all checks have passed: the first change on the disk
         log = self.folder / "log.jsonl"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.is_locked:
+            self.lock()
+            if log.exists():
+                raise Fault(f"another process has begun a run in {self.folder}; do not start two")
+
+        # go on, or begin with an empty log and none of the files of an older run
         if self.checkpoint:
             # kills must not stretch the budget: time after the last checkpoint counts as well
             state["elapsed"] = max(state["elapsed"], truncate_log(log, state["step"]))
@@ -143,18 +232,22 @@ class Run:
                 (self.folder / name).unlink(missing_ok=True)
             for name in OUTPUT_FOLDERS:
                 shutil.rmtree(self.folder / name, ignore_errors=True)
+
         write_json(self.folder / "config.json", self.config)
-        self.checkpoint = None  # its memory is needed
 
     def save(self, state, model, optimizers, scaler):
-        """Write ckpt.pt. state: {step, tokens, rows, elapsed, world}."""
+        """Write ckpt.pt, and keep the one before. state: {step, tokens, rows, elapsed, world}."""
         parts = {
             "model": model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "scaler": scaler.state_dict(),
         }
         more = {"config": self.config, "torch": str(torch.__version__)}
-        save_torch(self.path, parts | state | more)
+
+        # a damaged one takes the place of none that can be read
+        keep = None if self.is_damaged else self.folder / CHECKPOINTS[1]
+        save_torch(self.path, parts | state | more, keep)
+        self.is_damaged = False
 
 
 class StopRequest:
@@ -162,8 +255,10 @@ class StopRequest:
 
     def __init__(self):
         self.reason = ""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.on_signal)
+        # Python allows no handler in another thread, in which Ray Train runs its workers
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self.on_signal)
 
     def on_signal(self, number, frame):
         self.reason = "stopped"
@@ -199,6 +294,7 @@ def read_log(path):
 
 def truncate_log(path, step):
     """Drop the log lines after `step`. Return the time of the last line, in seconds."""
+    # the time of the steps that are lost stays spent
     entries = read_log(path)
     hours = max((entry["hours"] for entry in entries), default=0.0)
     kept = [entry for entry in entries if entry["step"] <= step]
@@ -241,6 +337,7 @@ class Log:
 
     def write(self, state, progress, **entry):
         """Write one entry, after the step, tokens, hours and progress that it belongs to."""
+        # the file
         elapsed = state["elapsed"]
         head = {"step": state["step"], "tokens": state["tokens"]}
         head |= {"hours": elapsed / 3600, "progress": progress}
@@ -248,6 +345,7 @@ class Log:
         if self.wandb:
             self.wandb.log(head | entry, step=state["step"])
 
+        # the terminal
         self.bar.n = min(state["step"] if self.max_steps else round(elapsed), self.bar.total)
         if self.bar.disable or "loss" not in entry:
             shown = [f"{name} {x:,.4g}" for name, x in entry.items() if x is not None]

@@ -11,6 +11,7 @@ import sys
 import unicodedata
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 from tokenizers import (
@@ -28,6 +29,7 @@ from nanocram.faults import Fault, one_line
 from nanocram.spool import MAX_DOCUMENT, cut_text
 
 SPECIAL_TOKENS = ["<pad>", "<unk>", "<cls>", "<sep>", "<mask>"]  # their ids are 0 to 4
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.txt"]  # of a model
 NON_ASCII = r"[^\x00-\x7F]+"
 WIDE_SPACE = r"[^\S\x00-\x7F]|\x{200B}"  # no-break, ideographic and other spaces of Unicode
 INVISIBLE = r"[\x{AD}\x{2060}\x{FEFF}]+"  # soft hyphen, word joiner, byte-order mark
@@ -78,6 +80,8 @@ def vocab_size_of(tokenizer):
 def load_tokenizer(path):
     """Return the tokenizer of a tokenizer.json: a file, or owner/dataset/path on the hub.
 
+    Or that of a model: the folder of a run or of a Hugging Face BERT, or an id on the hub.
+
     Raise Fault if it cannot be read, has too many ids, or lacks a special token.
     """
     # read it
@@ -85,7 +89,12 @@ def load_tokenizer(path):
         file = os.path.expanduser(path)
         if is_on_the_hub(file):
             file = download(file)
-        tokenizer = Tokenizer.from_file(file)
+        if is_model(file):
+            tokenizer = read_tokenizer(model_folder(file))
+        else:
+            tokenizer = Tokenizer.from_file(file)
+    except Fault:
+        raise
     except Exception as e:  # tokenizers raises nothing more special
         raise Fault(f"the tokenizer {str(path)!r} cannot be read: {one_line(e)}") from e
 
@@ -115,6 +124,67 @@ def download(path):
 
     owner, dataset, inside = path.split("/", 2)
     return hf_hub_download(f"{owner}/{dataset}", inside, repo_type="dataset")
+
+
+# --------------------------------------------------------------------------------------------------
+# The tokenizer of a model
+
+
+def is_model(path):
+    """Return whether a path is a folder, or looks like the id of a model: name or owner/name."""
+    is_id = path.count("/") <= 1 and not path.endswith(".json") and not path.startswith((".", "/"))
+    return os.path.isdir(path) or (is_id and not os.path.exists(path))
+
+
+def model_folder(source):
+    """Return the folder of a model, or the local copy of its tokenizer if it is on the hub."""
+    if os.path.isdir(source):
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(source, allow_patterns=TOKENIZER_FILES))
+
+
+def read_tokenizer(folder):
+    """Return the tokenizer in tokenizer.json, or the one that vocab.txt describes."""
+    path = folder / "tokenizer.json"
+    if path.exists():
+        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        return tokenizer
+
+    # the first BERT checkpoints have a vocabulary only
+    from tokenizers.implementations import BertWordPieceTokenizer
+
+    vocabulary = folder / "vocab.txt"
+    if not vocabulary.exists():
+        raise Fault(f"{folder} has neither tokenizer.json nor vocab.txt")
+    lowercase = True
+    settings = folder / "tokenizer_config.json"
+    if settings.exists():
+        lowercase = json.loads(settings.read_text()).get("do_lower_case", True)
+    tokenizer = BertWordPieceTokenizer(str(vocabulary), lowercase=lowercase)
+    return Tokenizer.from_str(tokenizer.to_str())
+
+
+def tokenizer_difference(first, second):
+    """Return which part of two tokenizers differs, or "" if they give the same ids for any text.
+
+    Not their bytes: padding, truncation and what goes around a text may differ.
+    """
+    if first.get_vocab() != second.get_vocab():
+        return "vocabulary"
+    one, other = (json.loads(tokenizer.to_str()) for tokenizer in (first, second))
+    if one["normalizer"] != other["normalizer"]:
+        return "normaliser"
+    if one["pre_tokenizer"] != other["pre_tokenizer"]:
+        return "pre-tokeniser"
+    # the merges of BPE and the scores of a unigram model are no part of get_vocab()
+    for part in ("type", "merges", "vocab"):
+        if one["model"].get(part) != other["model"].get(part):
+            return "model"
+    return ""
 
 
 # --------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from finetune_glue import collate
 from model import BERT, Classifier, Config
 from nanocram.huggingface import to_export
+from nanocram.rules import NO_MODEL, SCRATCH
 from nanocram.tokenizer import train_tokenizer
 from tools import modeling_nanocram as own
 from tools.export_hf import export
@@ -436,9 +437,8 @@ def test_a_model_card_says_what_the_hub_asks(folder, monkeypatch, capsys):
     card = {"rows": {"run": {"cola": entry}, "/home/me/bert": {"cola": entry}}}
     (run / "glue.json").write_text(json.dumps(card | {"rules": "inside all of them"}))
     rules = {
-        "1 from scratch": {"ok": True, "did": "random initial weights"},
-        "2 no pretrained model": {"ok": False, "did": "tokenizer /home/me/tokenizer.json"},
-        "3 raw text": {"ok": True, "did": "not checked here"},
+        SCRATCH: {"verdict": "kept", "did": "random initial weights"},
+        NO_MODEL: {"verdict": "broken", "did": "tokenizer /home/me/tokenizer.json"},
     }
     (run / "rules.json").write_text(json.dumps(rules))
     evaluation = {"step": 9, "tokens": 5e6, "hours": 0.5, "val_loss": 3.4321, "val_accuracy": 0.4}
@@ -453,7 +453,7 @@ def test_a_model_card_says_what_the_hub_asks(folder, monkeypatch, capsys):
     (result,) = data.eval_results
     assert (result.dataset_type, result.dataset_config) == ("nyu-mll/glue", "cola")
     assert (result.metric_type, result.metric_value) == ("matthews_correlation", 41.0)
-    assert "Rules of cramming: 1 from scratch: kept; 2 no pretrained model: broken; 3 raw" in text
+    assert f"Rules of cramming: {SCRATCH}: kept; {NO_MODEL}: broken; 3 raw text" in text
     assert "not checked." in text and "3.432 nats" in text and "32 tokens" in text
     assert "41.0 ± 1.4" in text and re.search(r"commit [0-9a-f]{7}", text)
     assert f"python -m tools.export_hf out/crammed --to={export_dir}" in text

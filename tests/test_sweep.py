@@ -2,14 +2,17 @@
 
 import json
 import math
+import re
 import shutil
 import signal
 import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import TINY, start
+from conftest import ROOT, TINY, start
 from scipy.stats import ttest_rel
 
 from model import BERT, Config, require_possible
@@ -238,6 +241,52 @@ def test_a_sweep_runs_compares_survives_a_failure_and_goes_on(run, home):
     runs = [f"out/s/{name}-1337" for name in ("crammed", "fragment_order")]
     assert run("plot.py", *runs, "--scaling", "--out=laws.png")[0] is None
     assert Path("laws.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_printed_lines_in_any_order_give_the_table_of_the_sweep(run, home, monkeypatch):
+    """Each line is a shell command of its own; a second time it finds all done."""
+
+    def run_here(script, words):
+        return 0 if run(script, *words)[0] is None else 1
+
+    words = ["crammed", "half_depth", *SMALL]
+    monkeypatch.setattr(sweep, "run_stage", run_here)
+    sweep.main([*words, "--out=out/own"])
+    message, output = run("sweep.py", *words, "--out=out/s", "--print")
+    assert message is None and not Path("out/s").exists()
+    lines = output.splitlines()
+    assert [re.findall(r"(\w+)\.py", line) for line in lines] == [
+        ["prepare", "crammed", "train", "crammed"]
+    ] * 2
+
+    for line in [*reversed(lines), lines[0]]:
+        line = line.replace("python ", f"{sys.executable} {ROOT}/")
+        subprocess.run(["bash", "-c", line], check=True, capture_output=True)
+    assert run("sweep.py", *words, "--out=out/s", "--table")[0] is None
+    tables = []
+    for out in ("own", "s"):
+        rows = Path(f"out/{out}/table.md").read_text().splitlines()
+        tables.append([row.rsplit("|", 2)[0] for row in rows])  # without tokens per second
+    assert tables[0] == tables[1] and "| crammed | 1 | 2 |" in tables[0][2]
+
+
+def test_printed_lines_have_the_steps_that_were_measured(home, monkeypatch, capsys):
+    def measured(configs, tokens, path):
+        print("crammed: 1.00 times the tokens/s")
+        return {"crammed": 7}
+
+    monkeypatch.setattr(sweep, "steps_of", measured)
+    words = ["crammed", "flash", "--tokens=9000", "--tasks=cola", "--seeds=2", "--print"]
+    sweep.main([*words, "--sources=my texts"])
+    output, errors = capsys.readouterr()
+    lines = output.splitlines()
+    assert len(lines) == 2 and "flash does not run" in errors and "tokens/s" in errors
+    for seed, line in zip((1337, 1338), lines):
+        assert line.startswith("python prepare.py config/crammed.py '--sources=my texts'")
+        assert f"--out_dir=out/sweep/crammed-{seed} --seed={seed}; }} && python finet" in line
+        assert line.count("--max_steps=7") == 3
+    with pytest.raises(Fault, match="cannot measure the models of init_from"):
+        sweep.main([*words, "--init_from=out/x"])
 
 
 def write_run(folder, loss, score, final_loss, tokenizer, has_rte):

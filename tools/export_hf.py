@@ -23,7 +23,7 @@ from model import BERT, Config, rename_old_parameters
 from nanocram.faults import Fault, one_line, read_json, run_script
 from nanocram.glue import NINE
 from nanocram.huggingface import MODERN_CONFIG, modern_settings, to_export, to_hf, to_modern
-from nanocram.rules import read_record, rules_lines, verdicts
+from nanocram.rules import read_record, verdicts
 from nanocram.runs import open_run, read_log
 from nanocram.scorecard import card_text, read_card
 from nanocram.tokenizer import special_ids, special_token
@@ -378,8 +378,11 @@ def measured(about):
         loss = f"Validation loss {entry['val_loss']:.3f} nats ({right})"
         lines += ["", f"{loss} after {hours}, {steps}."]
 
+    # the verdicts alone: what the run did may name a local path
     if (about.run / "rules.json").exists():
-        lines += ["", *rules_lines(verdicts({}, read_record(about.run)))]
+        found = verdicts({}, read_record(about.run))
+        words = "; ".join(f"{rule}: {entry['verdict']}" for rule, entry in found.items())
+        lines += ["", f"Rules of cramming: {words}."]
     return lines
 
 

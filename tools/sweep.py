@@ -18,11 +18,17 @@ OUT/NAME-SEED/ are runs like any other; OUT/table.md and OUT/sweep.png are the r
 seeds or more the table ends with how far each entry is from the first one, seed by seed, and the
 95 % interval of that. --table makes the table of the runs that are there; their config.json,
 log.jsonl and glue.json are enough.
+
+For more than one machine, --print runs nothing and prints one shell line per run, for any job
+system. Each line prepares its corpus unless it is there, trains, and scores; run in any order, and
+again if one was killed, they leave what the sweep itself would. --table collects.
 """
 
 import argparse
+import contextlib
 import hashlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -34,6 +40,7 @@ import numpy as np
 from scipy import stats
 
 import train
+from model import Config
 from nanocram.configurator import ROOT, resolve
 from nanocram.faults import Fault, read_json, replace_file, run_script, write_json
 from nanocram.runs import add_time_fraction, fill_in_defaults, read_log
@@ -247,14 +254,55 @@ def finish_run(name, seed, words, out):
     return None
 
 
+def shell_line(name, seed, words, out):
+    """Return the shell command that does all of one entry with one seed, in the repository."""
+    folder = out / f"{name}-{seed}"
+    words = stage_words(name, words)
+    own_words = [*words, f"--out_dir={folder}"]
+
+    # a finished run is not trained again; each run pays for its own compilation
+    prepare = shlex.join(["python", "prepare.py", *words])
+    train = shlex.join(["python", "train.py", *own_words, f"--seed={seed}"])
+    is_done = f"test -f {shlex.quote(str(folder / 'model.pt'))}"
+    parts = [prepare, f"{{ {is_done} || TORCHINDUCTOR_CACHE_DIR=$(mktemp -d) {train}; }}"]
+    if any(word.startswith("--tasks=") for word in words):
+        parts.append(shlex.join(["python", "finetune_glue.py", *own_words]))
+    return " && ".join(parts)
+
+
+def print_lines(names, configs, args, words):
+    """Print the shell line of each run, the first seed of all entries first."""
+    # measure how many steps each entry gets; the lines alone go to the standard output
+    steps = {}
+    if args.tokens:
+        with contextlib.redirect_stdout(sys.stderr):
+            args.out.mkdir(parents=True, exist_ok=True)
+            steps = steps_of(configs, args.tokens, args.out / "speeds.json")
+        for name in names:
+            if name not in steps:
+                print(f"{name} does not run, see above", file=sys.stderr)
+        names = [name for name in names if name in steps]
+
+    # all entries with one seed, then with the next
+    for seed in range(FIRST_SEED, FIRST_SEED + args.seeds):
+        for name in names:
+            own_words = words
+            if steps:
+                own_words = [*words, f"--max_steps={steps[name]}"]
+            print(shell_line(name, seed, own_words, args.out))
+
+
 def why_not_the_same(folder, config, data):
     """Return how a finished run differs from a config and its data (meta.json), or None.
 
     A key that the code no longer has is a difference, too.
     """
     done = fill_in_defaults(read_json(folder / "config.json"), ROOT / "train.py")
+    free = {*train.FREE_KEYS, "seed", "vocab_size"}
+    if config["init_from"] != "scratch":
+        free |= Config.__dataclass_fields__.keys()  # the weights decide
     changed = []
-    for key in sorted(done.keys() - {*train.FREE_KEYS, "seed", "vocab_size"}):
+    for key in sorted(done.keys() - free):
         if not key.endswith("_sha256") and done[key] != config.get(key):
             changed.append(key)
     if changed:
@@ -544,7 +592,9 @@ def parse(argv):
     parser.add_argument("--seeds", **number, default=1, help="runs of each entry (default: 1)")
     parser.add_argument("--out", type=Path, default=Path("out/sweep"), help="folder of the runs")
     parser.add_argument("--tokens", **number, default=0, help="in place of the clock (default: 0)")
-    parser.add_argument("--table", action="store_true", help="run nothing, only make the table")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--print", action="store_true", help="run nothing, print a line per run")
+    mode.add_argument("--table", action="store_true", help="run nothing, only make the table")
     args, words = parser.parse_known_intermixed_args(argv)
 
     # config/mine.py is the recipe mine
@@ -573,6 +623,12 @@ def main(argv=None):
     configs = {}
     if not args.table:
         configs = resolve_entries(args.names, words)
+
+    if args.tokens and any(config["init_from"] != "scratch" for config in configs.values()):
+        raise Fault("--tokens cannot measure the models of init_from; set --max_steps instead")
+    if args.print:
+        print_lines(args.names, configs, args, words)
+        return
 
     # run what is missing
     args.out.mkdir(parents=True, exist_ok=True)
