@@ -16,7 +16,7 @@ from tokenizers import normalizers, pre_tokenizers
 import train
 from nanocram import tokenizer as tokenizer_module
 from nanocram.pretrained import fit_positions
-from nanocram.rules import rules_line
+from nanocram.rules import rules_lines, verdicts
 from nanocram.tokenizer import load_tokenizer, tokenizer_difference
 
 # no key of the model: the architecture is that of the weights
@@ -61,8 +61,9 @@ def test_a_run_starts_with_the_weights_and_the_architecture_of_another(run, orig
 
     record = json.loads(Path("out/next/rules.json").read_text())
     assert [rule[0] for rule, e in record.items() if e["verdict"] == "broken"] == ["1", "2"]
-    line = rules_line({"rows": {"run": {}}}, record)
-    assert "1 a masked language model from scratch (started from the weights of out/tiny)" in line
+    lines = " ".join(rules_lines(verdicts({"run": {}}, record)))
+    assert "1 a masked language model from scratch" in lines
+    assert "started from the weights of out/tiny" in lines
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_touched(run, origin):
