@@ -395,7 +395,7 @@ def load_bert(source):
             config = crammed_config(settings["arch"], folder)
             state = read_weights(folder)
             weights = from_crammed(state, config.n_layer, config.n_head)
-        if kind == "modernbert":
+        elif kind == "modernbert":
             require_modern(settings, folder)
             state = read_weights(folder)
             config, weights = from_modern(settings, state)

@@ -433,7 +433,7 @@ def test_a_model_card_says_what_the_hub_asks(folder, monkeypatch, capsys):
     shutil.rmtree(export_dir)
     run = Path("out/crammed")
     entry = {"metric": "matthews", "scores": [40.0, 42.0], "median": 41.0, "sd": 1.4}
-    entry |= {"n_train": 8551, "n_dev": 1043, "partial": False, "settings": {}}
+    entry |= {"n_train": 8551, "n_dev": 1043, "partial": False, "settings": {}, "epochs": [[41.0]]}
     card = {"rows": {"run": {"cola": entry}, "/home/me/bert": {"cola": entry}}}
     (run / "glue.json").write_text(json.dumps(card | {"rules": "inside all of them"}))
     rules = {
