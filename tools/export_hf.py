@@ -246,6 +246,7 @@ def write_modeling_file(folder):
 
 def write_tokenizer(folder, made):
     """Write tokenizer.json and tokenizer_config.json."""
+    # of transformers' own, and then the tokenizer itself
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": made.max_len,
@@ -294,6 +295,7 @@ def write_model_card(folder, made, about):
     kind = f"A classifier for {about.task}" if about.task else "A masked language model"
     lines += ["---", f"# {about.name}", "", f"{kind}, {about.origin}, made with nanoCram.", ""]
 
+    # how to use it, and what was measured
     lines += ["```python", *program(made, about), "```", ""]
     lines.append(
         f"Trained on texts of up to {made.max_len} tokens, special ones included. "
@@ -310,9 +312,11 @@ def write_model_card(folder, made, about):
 
 def metadata(about, scores):
     """Return what the hub shows and searches. scores: {task: entry of glue.json}."""
+    # what it was trained on
     datasets = hub_sources(corpus_of(about.run))
     if about.task in NINE:
         datasets.append("nyu-mll/glue")
+    # a classifier's own score, or the median over all seeds of what was fine-tuned from the model
     results = []
     for task, entry in scores.items():
         metric = METRIC_NAMES.get(entry["metric"], entry["metric"])
@@ -366,6 +370,7 @@ def program(made, about):
 
 def measured(about):
     """Return the lines on the last evaluation of the run, and on the rules of cramming."""
+    # the last evaluation
     lines = []
     log = about.run / "log.jsonl"
     evaluations = []
@@ -388,12 +393,14 @@ def measured(about):
 
 def made_by(about):
     """Return the lines on the code and the settings, without what names a local path."""
+    # the code
     git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     done = subprocess.run(git, capture_output=True, text=True)
     commit = done.stdout.strip() or "unknown"
     task = f" --task={about.task}" if about.task else ""
     command = f"python -m tools.export_hf out/{about.run.name} --to={about.name}{task}"
     lines = ["", f"Written by nanoCram, commit {commit}: `{command}`."]
+    # the settings
     if (about.run / "config.json").exists():
         config = read_json(about.run / "config.json")
         kept = {key: value for key, value in config.items() if "/" not in str(value)}

@@ -86,9 +86,11 @@ class WholeFeedForward(FeedForward):
 
 def use_plain_layers(bert):
     """Replace the layers of a BERT that cast their weights, or use a part of them."""
+    # one layer for both halves of a gated one
     for block in bert.blocks:
         if block.feed_forward is not None:
             block.feed_forward = WholeFeedForward(block.config)
+    # torch's own linear layers
     for module in list(bert.modules()):
         for name, layer in list(module.named_children()):
             if isinstance(layer, Linear):
@@ -115,12 +117,13 @@ def attention_weights(block, x, mask, rotary):
     B, T, D = x.shape
     if c.norm_place == "pre":
         x = block.norm1(x)
+
+    # queries and keys (B, H, T, d), as in SelfAttention
     qkv = block.attention.qkv(x).view(B, T, 3, c.n_head, D // c.n_head)
     qk = qkv[:, :, :2]
     if c.qk_norm:
         qk = F.rms_norm(qk, qk.shape[-1:])
     q, k = qk.permute(2, 0, 3, 1, 4)
-
     if mask is not None:
         mask = mask[:, None, None]
     if c.neighbour_keys:
@@ -130,6 +133,7 @@ def attention_weights(block, x, mask, rotary):
         q = rotate(q, *rotary)
         k = rotate(k, *rotary)
 
+    # their products, without the padding
     scores = q @ k.mT / q.size(-1) ** 0.5
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
@@ -179,6 +183,8 @@ class NanocramModel(NanocramPreTrainedModel):
         c, bert = self.config, self.bert
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+
+        # which token
         x = inputs_embeds
         if x is None:
             x = bert.embedding(input_ids)
@@ -235,11 +241,13 @@ class NanocramModel(NanocramPreTrainedModel):
         if output_attentions is None:
             output_attentions = c.output_attentions
 
-        # the blocks, as in BERT.encode
+        # the input
         x, rotary = self.embed(input_ids, inputs_embeds, token_type_ids, position_ids)
         mask = attention_mask
         if mask is not None:
             mask = mask.bool()
+
+        # the blocks, as in BERT.encode
         embedded = x
         first_values = None
         hidden_states = [x]
@@ -300,6 +308,7 @@ class NanocramForMaskedLM(NanocramPreTrainedModel):
     ):
         inputs["return_dict"] = True
         encoded = self.model(input_ids, attention_mask, token_type_ids, **inputs)
+        # the head, as in BERT.logits
         hidden = encoded.last_hidden_state
         if self.config.head_transform:
             hidden = self.transform_norm(F.gelu(self.transform(hidden)))
@@ -334,6 +343,7 @@ class NanocramForSequenceClassification(NanocramPreTrainedModel):
         inputs["return_dict"] = True
         encoded = self.model(input_ids, attention_mask, token_type_ids, **inputs)
         hidden = encoded.last_hidden_state
+        # one vector per text, and the head on it
         if attention_mask is None:
             attention_mask = hidden.new_ones(hidden.shape[:2])
         if self.config.pooling == "first":
@@ -344,6 +354,7 @@ class NanocramForSequenceClassification(NanocramPreTrainedModel):
 
         loss = None
         if labels is not None:
+            # values may be given as integers
             is_value = self.config.num_labels == 1 and self.config.problem_type is None
             if is_value or self.config.problem_type == "regression":
                 labels = labels.to(logits.dtype)
