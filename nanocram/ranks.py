@@ -58,7 +58,13 @@ def start(device):
     # gloo also on a GPU: what `agree` shares is on the CPU
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, timeout=PATIENCE)
+        store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
+        # torchrun (2.13) restarts processes with the same store, which has the addresses of the
+        # dead ones: each start has keys of its own
+        n_starts = store.add(f"starts of {rank}", 1)
+        store = dist.PrefixStore(f"start {n_starts}", store)
+        options = {"store": store, "rank": rank, "world_size": world, "timeout": PATIENCE}
+        dist.init_process_group(backend, **options)
     except (RuntimeError, ValueError) as e:
         what = "the processes of this job do not find each other"
         raise Fault(f"{what}, at MASTER_ADDR and MASTER_PORT: {one_line(e)}") from e

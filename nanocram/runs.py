@@ -93,7 +93,7 @@ class Run:
     """The folder of one run, and its checkpoint if there is one to continue."""
 
     def __init__(self, folder, config, script, free_keys, rates, resume, rank=0):
-        """Look at the folder and change nothing. Raise Fault if this run has no place in it.
+        """Look at the folder; change nothing but its lock. Raise Fault if this run cannot be there.
 
         free_keys: what may differ between the parts of one run.
         rates: function of (checkpoint, config) that returns the learning rate and the batch.

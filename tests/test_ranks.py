@@ -174,13 +174,21 @@ def test_what_ends_another_process_is_one_line(monkeypatch):
 
     # without an agent, nothing but a timeout ends a process that waits for one that hangs
     seen = []
-    monkeypatch.setattr(dist, "init_process_group", lambda *_, timeout: seen.append(timeout))
+    store = dist.HashStore()
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, timeout: iter([(store, 0, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **options: seen.append(options))
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     for name in ranks.VARIABLES:
         monkeypatch.setenv(name, "2" if name == "WORLD_SIZE" else "0")
-    assert ranks.start("cpu") == (0, 2, True)
-    assert seen == [datetime.timedelta(minutes=10)]
+    for _ in range(2):
+        assert ranks.start("cpu") == (0, 2, True)
+    assert seen[0]["timeout"] == datetime.timedelta(minutes=10)
+
+    # a process that is started again does not find what the one before has left in the store
+    first, second = (options["store"] for options in seen)
+    first.set("address", "of the dead")
+    assert first.check(["address"]) and not second.check(["address"])
 
 
 # --------------------------------------------------------------------------------------------------
