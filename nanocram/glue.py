@@ -163,12 +163,15 @@ def load_tasks(entries, glue_dir, dataset="", submit=False):
     """
     if not entries:
         raise Fault("`tasks` is empty; it lists what to fine-tune, such as cola,rte")
+    # scores are kept by name, so each name is there once
     names = []
     for entry in entries:
         name = entry.get("name") if isinstance(entry, dict) else entry
         if name in names:
             raise Fault(f"`tasks` has two of the name {name!r}")
         names.append(name)
+
+    # ax is no task of its own: the model of mnli answers it
     ax = "ax" in names
     if ax and "mnli" not in names:
         raise Fault("the model of mnli answers ax; add mnli to `tasks`")
@@ -184,9 +187,12 @@ def describe(task):
     """Return a line per part of a task: how many examples it has, and of which labels."""
     lines = []
     for name, examples in {"train": task.train, **task.dev}.items():
+        # a second dev set has a name of its own
         part = name if name == "train" else "dev"
         if name not in ("train", task.name):
             part = f"dev {name}"
+
+        # the commonest classes, or the range of the values
         labels = [label for _, _, label in examples]
         if task.labels:
             common = Counter(labels).most_common(6)
@@ -281,6 +287,7 @@ def require_rows(file, examples, n_test):
 
 def load_docs(name, dataset):
     """Return an offline task of the docs corpus, as data/<dataset>/tasks has it."""
+    # written by prepare.py, for a corpus that contains "docs"
     folder = Path("data") / dataset / "tasks" / name
     train = read_table(folder / "train.tsv", TASKS[name], "label")
     dev = read_table(folder / "dev.tsv", TASKS[name], "label")
@@ -318,8 +325,11 @@ def load_diagnostic(folder):
 
     Of all copies, only diagnostic-full.tsv of the official site has the labels.
     """
+    # the hub has the texts alone
     if not folder:
         return hub_examples("ax", "test", HUB_COLUMNS["mnli"], [], None), False
+
+    # a folder may have either file
     full = Path(folder).expanduser() / "diagnostic" / "diagnostic-full.tsv"
     if full.exists():
         return read_table(full, ["Premise", "Hypothesis"], "Label"), True
