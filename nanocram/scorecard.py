@@ -21,7 +21,7 @@ PER_TASK = {
 PUBLISHED = {title: dict(zip(NINE, scores)) for title, scores in PER_TASK.items()}
 # medians and independent reruns, all of them a day of one GPU, of which only these are published
 PUBLISHED |= {
-    "crammed, A6000, 13 exaFLOP [icml]": {"average": 80.4, "cola": 51.8},
+    "crammed, A6000, 13 exaFLOP [icml]": {"average": 80.4},
     "crammed, A4000, 8 exaFLOP [icml]": {"average": 79.2},
     "crammed, rerun, 2080 Ti, 5 exaFLOP [he]": {"average": 78.9, "sd": 0.7},
     "crammed, rerun, A6000, 13 exaFLOP [ufb]": {
@@ -61,12 +61,17 @@ def read_card(out):
 
 def is_card(card):
     """Return whether a value has the form of a card: {"rows": {init: {task: entry}}}."""
+    # rows of entries
     rows = card.get("rows") if isinstance(card, dict) else None
     if not isinstance(rows, dict):
         return False
     if not all(isinstance(row, dict) for row in rows.values()):
         return False
-    entries = [entry for row in rows.values() for entry in row.values()]
+
+    # and each entry has what the card is made of
+    entries = []
+    for row in rows.values():
+        entries += row.values()
     return all(isinstance(entry, dict) and entry.keys() >= ENTRY for entry in entries)
 
 
@@ -110,12 +115,15 @@ def with_seed(old, seed, measured):
     old: the task's entry in a row of the card, or {}. measured: {name: value of this seed}, where
     "epochs" has the score after each epoch. The last epoch counts.
     """
+    # put each value at the place of its seed
     seeds = sorted({*seeds_of(old), seed})
     lists = {"seeds": seeds}
     for name, value in measured.items():
         by_seed = dict(zip(seeds_of(old), old.get(name, [])))
         by_seed[seed] = value
         lists[name] = [by_seed.get(one) for one in seeds]
+
+    # the score of a seed is that of its last epoch
     scores = [after_epoch[-1] for after_epoch in lists["epochs"]]
     return {
         "scores": scores,
@@ -135,12 +143,14 @@ def write_card(out, card):
         record = {}
     card["rules"] = verdicts(card["rows"], record, overlap_of_run(out))
 
+    # averages
     medians = {init: medians_of(row) for init, row in card["rows"].items()}
     card["average"] = {init: average(row, NINE) for init, row in medians.items()}
     card["average_without_cola"] = {
         init: average(row, WITHOUT_COLA) for init, row in medians.items()
     }
 
+    # for machines, and for people
     write_json(out / "glue.json", card)
     with replace_file(out / "glue.md") as f:
         f.write(card_text(card).encode())
@@ -204,7 +214,8 @@ def tables(rows):
         both = " / accuracy" if "accuracy" in entry else ""
         metrics.append(f"{task} {entry['metric']}{both}")
     lines.append(f"Metrics: {', '.join(metrics)}.")
-    lines.append("A constant answer is the commonest class, or the mean, of the training set.")
+    if constant_answers(rows, entries):
+        lines.append("A constant answer: the commonest class, or the mean, of the training set.")
     if glue:
         lines.append(f"Published rows: {', '.join(SOURCES)}.")
     return lines
@@ -309,6 +320,7 @@ def warnings(rows):
         if differ:
             lines.append(f"The scores of {title} are not all of the same {differ}; see glue.json.")
 
+    # all rows have one protocol
     settings = []
     for row in rows.values():
         settings += [entry["settings"] for entry in row.values()]
