@@ -30,7 +30,9 @@ from nanocram.configurator import Stage, configure
 from nanocram.docs_corpus import TASK_CHARS, write_tasks
 from nanocram.faults import Fault, read_json, run_script, sha256_of, write_json
 from nanocram.rows import (
+    SENTENCE_ENDS,
     deduplicate,
+    order_table,
     print_rows,
     print_summary,
     require_memory,
@@ -39,11 +41,13 @@ from nanocram.rows import (
 from nanocram.sources import check_sources, expected_chars, has_docs, mix_sources
 from nanocram.spool import read_spool, require_disk, split_rows, write_spool
 from nanocram.tokenizer import (
+    Losses,
     encode_ahead,
     load_tokenizer,
     special_ids,
     train_tokenizer,
     vocab_size_of,
+    warn_of_unknown,
 )
 
 dataset = "demo"  # name of the corpus: the bins are written to data/<dataset>
@@ -53,7 +57,7 @@ dataset = "demo"  # name of the corpus: the bins are written to data/<dataset>
 sources = ["docs"]
 # {blank_line, line, file} what ends a document in a .txt file
 txt_document = "blank_line"
-max_chars = 0  # [0, inf) raw characters to read in all, 0 = everything
+max_chars = 0  # [0, inf) characters to read in all, 0 = everything
 
 # vocabulary
 tokenizer_kind = "wordpiece"  # {wordpiece, bpe, unigram} kind of the vocabulary
@@ -72,7 +76,8 @@ val_rows = 2048  # [1, inf) rows held out for validation
 max_rows = 0  # [0, inf) training rows to keep after ordering, 0 = all
 insert_sep = True  # end each document with <sep>
 insert_cls = False  # begin each document with <cls>
-# [0, inf) drop documents with more tokens per raw character than this, 0 = off
+# [0, inf) drop documents with more tokens per normalised character than this, and documents of
+# which the normaliser deletes more than a third of the letters, 0 = off
 filter_ratio = 0.0
 # [0, inf) cut out every later occurrence of a run of this many tokens, 0 = off
 dedup_tokens = 0
@@ -82,7 +87,10 @@ seed = 1337  # [0, inf) seed of shuffles and samples
 
 # --------------------------------------------------------------------------------------------------
 
-CHARS_PER_TOKEN = 8  # more than any vocabulary reaches; for sizes before there is a vocabulary
+# characters per token, for sizes before there is a vocabulary
+CHARS_PER_TOKEN = 8  # more than any vocabulary reaches
+DEDUP_CHARS_PER_TOKEN = 3  # less than most vocabularies reach
+ORDER_CHARS = 10_000_000  # characters by the end of which an order must have shown its meaning
 PACK_TOKENS = 1 << 18  # tokens that are joined before they are written
 N_EXAMPLES = 3  # dropped documents of which the summary shows the beginning
 
@@ -101,6 +109,8 @@ def read_sources(path, entries, config, counts):
     if has_docs(entries):
         budget += TASK_CHARS
     documents = mix_sources(entries, config["seed"], config["txt_document"], counts)
+    if config["order"] == "sentence_length":
+        documents = require_sentences(documents, config["ascii_only"])
     expected = expected_chars(entries, config["max_chars"])
     held = write_spool(path, documents, budget, config["max_chars"], expected, counts)
 
@@ -116,6 +126,26 @@ def read_sources(path, entries, config, counts):
         )
     print(f"read {counts['documents']:,} documents, {counts['characters']:,} characters")
     return held
+
+
+def require_sentences(documents, ascii_only):
+    """Yield the documents. Raise Fault if the first of them have no sentence ends to order by."""
+    ends = "." if ascii_only else SENTENCE_ENDS
+    n_chars = 0
+    has_ends = False
+    for text, label in documents:
+        if isinstance(text, str) and not has_ends:
+            n_chars += len(text)
+            has_ends = any(end in text for end in ends)
+            if n_chars > ORDER_CHARS and not has_ends:
+                break
+        yield text, label
+    if n_chars and not has_ends:
+        hint = "; ascii_only=True deletes those of other scripts" if ascii_only else ""
+        raise Fault(
+            f"order=sentence_length finds no sentence end in the first {n_chars:,} characters"
+            f"{hint}; set another order"
+        )
 
 
 def n_chars_of(held):
@@ -191,34 +221,39 @@ def write_unordered(path, tokenizer, texts, config, counts):
     """
     dropped = []
     unk = special_ids(tokenizer)["unk"]
+    losses = Losses(tokenizer)
     encoded = encode_ahead(tokenizer, texts)
-    kept = filter_documents(encoded, config["filter_ratio"], unk, counts, dropped)
+    kept = filter_documents(encoded, config["filter_ratio"], unk, losses, counts, dropped)
     marked = with_marks(kept, tokenizer, config["insert_cls"], config["insert_sep"])
     counts["tokens"] = pack(path, marked, config["seq_len"])
     counts["tokens of the last, partial row"] = counts["tokens"] % config["seq_len"]
     return dropped
 
 
-def filter_documents(encoded, filter_ratio, unk, counts, dropped):
+def filter_documents(encoded, filter_ratio, unk, losses, counts, dropped):
     """Yield the token ids of the documents that are kept, and count the others.
 
     encoded: pairs of (text, token ids).
+    losses: what the normaliser leaves of a text.
     dropped: a list to which the beginnings of the first few dropped documents are appended.
     """
     for text, tokens in encoded:
+        n_chars, n_letters, n_lost, n_deleted = losses.count(text)
+        counts["characters that the normaliser deletes"] += n_deleted
         if not len(tokens):
             counts["documents without tokens"] += 1
             continue
 
-        # many tokens per character: tables, code, other languages
-        if filter_ratio and len(tokens) > filter_ratio * len(text):
+        # many tokens per character: tables, code, other languages; few letters left: other scripts
+        compresses_badly = len(tokens) > filter_ratio * n_chars
+        if filter_ratio and (compresses_badly or n_lost > n_letters / 3):
             counts["documents dropped by the filter"] += 1
             if len(dropped) < N_EXAMPLES:
                 dropped.append(" ".join(text[:100].split()))
             continue
 
         counts["unknown tokens"] += int((tokens == unk).sum())
-        counts["characters kept"] += len(text)
+        counts["characters kept"] += n_chars
         yield tokens
 
 
@@ -283,7 +318,16 @@ def rows_from_texts(work, entries, config, counts):
         n_chars = counts["characters"] - n_chars_of(held)
         tokenizer = make_tokenizer(spool, held[-1].hash, n_chars, config)
     tokenizer.encode_special_tokens = True  # "<mask>" in a text is text
+    if (
+        config["order"] == "sentence_length"
+        and not order_table([], "sentence_length", tokenizer).any()
+    ):
+        raise Fault(
+            "order=sentence_length needs the end of a sentence (.) in the vocabulary; set another "
+            "order, or a larger vocab_size"
+        )
     print(f"vocabulary: {vocab_size_of(tokenizer):,} entries")
+    warn_of_unknown(tokenizer, (document.text for document in held))
 
     # validation rows, and tasks made of what they do not need
     n_val = write_validation(work / "val.bin", tokenizer, held, config)
@@ -359,10 +403,12 @@ def build(work, entries, config, settings):
 
     # step 4: cut out repeats, and put the rows in order
     unordered = work / "unordered"
-    sep = special_ids(tokenizer)["sep"]
+    ids = special_ids(tokenizer)
+    sep = ids["sep"]
     n_rows = os.path.getsize(unordered) // (2 * config["seq_len"])
     if config["dedup_tokens"]:
-        n_rows = deduplicate(unordered, config["dedup_tokens"], config["seq_len"], sep, counts)
+        marks = (ids["cls"], sep)
+        n_rows = deduplicate(unordered, config["dedup_tokens"], config["seq_len"], marks, counts)
     if not n_rows:
         raise Fault(
             f"not one row of {config['seq_len']} tokens is left of the corpus; "
@@ -382,7 +428,7 @@ def build(work, entries, config, settings):
     meta = {
         "vocab_size": vocab_size_of(tokenizer),
         "seq_len": config["seq_len"],
-        "special_ids": special_ids(tokenizer),
+        "special_ids": ids,
         "train_rows": n_rows,
         "val_rows": config["val_rows"],
         "sha256": {
@@ -444,6 +490,8 @@ def main(config):
         raise Fault(f"dataset = {dataset!r} is no plain name for a folder in data/")
     settings, defaults = settings_of(config)
     entries = check_sources(sources)
+    if order == "fragment" and not insert_sep:
+        raise Fault("order=fragment counts the <sep> at the ends of documents; set insert_sep=True")
     if is_prepared(folder, settings, defaults):
         print(f"{folder} is already prepared; remove it to start anew")
         return
@@ -455,7 +503,7 @@ def main(config):
         n_chars = expected_chars(entries, max_chars)
         require_disk("data", n_chars)
         if dedup_tokens:
-            require_memory(n_chars // CHARS_PER_TOKEN)
+            require_memory(n_chars // DEDUP_CHARS_PER_TOKEN)
 
         # all steps, and the final name
         work.mkdir()

@@ -22,6 +22,9 @@ CHUNK = 1 << 23  # tokens that are worked on at a time
 ROWS = 1 << 20  # rows whose places are worked on at a time
 BUCKET = 1 << 28  # bytes of rows that are put in order at a time, in memory
 PARTS = 16  # parts of all window hashes that are sorted one after the other, to save memory
+# characters that end a sentence: "." as in the authors' code, and Unicode's Sentence_Terminal of
+# the scripts in use outside ASCII
+SENTENCE_ENDS = set(".。．｡！？‼⁇⁈⁉։؟۔؝؞܀܁܂߹।॥၊။።፧፨᙮។៕᠃᠉᥄᥅᪨᪩᪪᪫᭚᭛᭞᭟᰻᰼᱾᱿⳹⳺⳻⸮꓿꘎꘏꛳꛷꡶꡷꣎꣏꤯꧈꧉꩝꩞꩟꫰꫱꯫༎།")
 NOWHERE = np.iinfo(np.uint32).max  # the place of a row that is not written
 
 
@@ -45,18 +48,17 @@ def count_tokens(rows, size=65536):
 # Deduplication
 
 
-def deduplicate(path, n, seq_len, sep, counts):
-    """Rewrite the rows of a file without the repeats of runs of n tokens. Return their number."""
+def deduplicate(path, n, seq_len, marks, counts):
+    """Rewrite the rows of a file without the repeats of runs of n tokens. Return their number.
+
+    marks: the ids of <cls> and <sep>.
+    """
     n_tokens = os.path.getsize(path) // 2
     require_memory(n_tokens)
     print(f"deduplicating {n_tokens:,} tokens")
     tokens = np.fromfile(path, np.uint16)
-    tokens = tokens[~repeated(tokens, n, sep)]
-
-    # a <sep> directly after another one ends a document of which nothing is left
-    is_sep = tokens == sep
-    follows_sep = np.concatenate([[True], is_sep[:-1]])
-    tokens = tokens[~(is_sep & follows_sep)]
+    tokens = tokens[~repeated(tokens, n, marks)]
+    tokens = tokens[~in_empty_document(tokens, *marks)]
     counts["tokens dropped as repeats"] = n_tokens - len(tokens)
 
     n_rows = len(tokens) // seq_len
@@ -65,36 +67,80 @@ def deduplicate(path, n, seq_len, sep, counts):
     return n_rows
 
 
-def repeated(tokens, n, sep):
+def in_empty_document(tokens, cls, sep):
+    """Return which tokens are the <cls> or <sep> of a document of which nothing is left: bool."""
+    is_cls = tokens == cls
+    is_sep = tokens == sep
+    is_mark = is_cls | is_sep
+    after_mark = np.concatenate([[True], is_mark[:-1]])
+    before_mark = np.concatenate([is_mark[1:], [False]])
+    return is_sep & after_mark | is_cls & before_mark
+
+
+def repeated(tokens, n, marks):
     """Return which tokens are in a later occurrence of a run of n tokens: (length,) bool.
 
-    An occurrence is later if it begins after the end of the first one. Runs with a <sep> in them do
-    not count.
+    From left to right, an occurrence is cut out if an earlier one, which ends before it begins, is
+    still whole. So that one stays: what is cut out later lies after it. Runs with one of the marks
+    in them do not count.
     """
-    mark = np.zeros(len(tokens), bool)
-    if len(tokens) <= n:
-        return mark
+    starts, group = runs_that_recur(tokens, n, marks)
+    first = np.flatnonzero(np.diff(group, prepend=-1))  # of each group, in `starts`
+    data = tokens.tobytes()
+    cut = bytearray(len(tokens))
+    order = np.argsort(starts)
+    for block in range(0, len(order), ROWS):
+        for k in order[block : block + ROWS].tolist():
+            # the earliest occurrence that is still whole; it may be this one
+            i = int(starts[k])
+            g = group[k]
+            j = int(starts[first[g]])
+            while j + n <= i and cut.find(1, j, j + n) >= 0:
+                first[g] += 1
+                j = int(starts[first[g]])
 
+            # equal hashes only suggest a repeat, so compare the tokens
+            if j + n <= i and data[2 * j : 2 * (j + n)] == data[2 * i : 2 * (i + n)]:
+                cut[i : i + n] = bytes([1]) * n
+    return np.frombuffer(cut, bool)
+
+
+def runs_that_recur(tokens, n, marks):
+    """Return the runs of n tokens that have the hash of another one, as two arrays.
+
+    The first has the positions where they begin, the second a number for each hash. Both are sorted
+    by hash, and then by position.
+    """
     # a hash for every run; most memory goes there
-    n_runs = len(tokens) - n + 1
+    n_runs = max(len(tokens) - n + 1, 0)
     hashes = np.empty(n_runs, np.uint64)
     for i in range(0, n_runs, CHUNK):
         part = window_hashes(tokens[i : i + CHUNK + n - 1], n)
         hashes[i : i + len(part)] = part
 
-    # a run has no <sep> in it if as many come before its end as before its beginning
-    seps_before = np.zeros(len(tokens) + 1, np.uint32)
-    np.cumsum(tokens == sep, out=seps_before[1:])
-    has_sep = seps_before[n:] != seps_before[:n_runs]
-    del seps_before
+    # a run has no mark in it if as many come before its end as before its beginning
+    marks_before = np.zeros(len(tokens) + 1, np.uint32)
+    np.cumsum(np.isin(tokens, marks), out=marks_before[1:])
+    has_mark = marks_before[n:] != marks_before[:n_runs]
+    del marks_before
 
     # the first four bits of a hash say which part it belongs to, so equal hashes share a part
     part_of = (hashes >> np.uint64(60)).astype(np.uint8)
-    part_of[has_sep] = PARTS
+    part_of[has_mark] = PARTS
+    found = [np.zeros(0, np.int64)]
     for part in range(PARTS):
         starts = np.flatnonzero(part_of == part)
-        mark_repeats(mark, tokens, hashes, starts, n)
-    return mark
+        starts = starts[np.argsort(hashes[starts], kind="stable")]
+        is_same = np.diff(hashes[starts]) == 0
+        recurs = np.zeros(len(starts), bool)
+        recurs[1:] |= is_same
+        recurs[:-1] |= is_same
+        found.append(starts[recurs])
+
+    starts = np.concatenate(found)
+    is_new = np.diff(hashes[starts], prepend=np.uint64(0)) != 0
+    group = np.cumsum(is_new)
+    return starts, group - group[:1]
 
 
 def window_hashes(tokens, n):
@@ -126,40 +172,6 @@ def window_hashes(tokens, n):
             power = power * power % 2**64
             width *= 2
     return result
-
-
-def mark_repeats(mark, tokens, hashes, starts, n):
-    """Mark the repeats among the runs of n tokens that begin at `starts`, ascending positions."""
-    if not len(starts):
-        return
-
-    # sort by hash; in a group of equal hashes the first occurrence comes first
-    starts = starts[np.argsort(hashes[starts], kind="stable")]
-    ordered = hashes[starts]
-    is_new = np.ones(len(starts), bool)
-    is_new[1:] = ordered[1:] != ordered[:-1]
-    first_of_group = np.arange(len(starts))
-    first_of_group[~is_new] = 0
-    first_of_group = np.maximum.accumulate(first_of_group)
-    later = starts[~is_new]
-    first = starts[first_of_group[~is_new]]
-
-    # equal hashes only suggest a repeat, so compare token by token
-    equal = np.ones(len(later), bool)
-    for k in range(n):
-        equal &= tokens[later + k] == tokens[first + k]
-    repeats = later[equal & (later >= first + n)]
-    for k in range(n):
-        mark[repeats + k] = True
-
-    # different runs with one hash are so rare that they may be compared one by one
-    for h in np.unique(hashes[later[~equal]]):
-        seen = {}
-        for i in starts[ordered == h].tolist():
-            content = tokens[i : i + n].tobytes()
-            earliest = seen.setdefault(content, i)
-            if i >= earliest + n:
-                mark[i : i + n] = True
 
 
 def require_memory(n_tokens):
@@ -212,7 +224,7 @@ def write_training_rows(work, shape, order, max_rows, sep, seed):
     return len(places), sha, token_counts
 
 
-def order_table(rows, order, tokenizer, sep):
+def order_table(rows, order, tokenizer, sep=None):
     """Return what each token adds to the sort key of its row: (vocab_size,) float.
 
     Rows with the smallest keys come first. The result is None for a shuffle, which needs no keys.
@@ -221,11 +233,10 @@ def order_table(rows, order, tokenizer, sep):
 
     table = np.zeros(size)
 
-    # most full stops first, so rows of many short sentences [repo]; BPE has the space in the token
+    # most full stops first, so rows of many short sentences [repo]
     if order == "sentence_length":
-        for stop in (".", "▁."):
-            i = tokenizer.token_to_id(stop)
-            if i is not None:
+        for token, i in tokenizer.get_vocab().items():
+            if token.removeprefix("##").removeprefix("▁") in SENTENCE_ENDS:
                 table[i] = -1
         return table
 
@@ -273,9 +284,7 @@ def sort_keys(rows, table):
     for part in chunks(rows):
         keys[part] = table[rows[part]].sum(1)
     if np.ptp(keys) == 0 and len(keys) > 1:
-        raise Fault(
-            "the `order` does not tell the rows apart; are its tokens in them? See insert_sep"
-        )
+        raise Fault("all rows are alike to this `order`; use another, or shuffle")
     return keys
 
 

@@ -19,7 +19,6 @@ import zlib
 
 from nanocram.docs_corpus import package_documents
 from nanocram.faults import Fault, one_line
-from nanocram.spool import MAX_DOCUMENT
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 COMPRESSED = (".gz", ".zst")
@@ -27,6 +26,7 @@ KNOWN = tuple(suffix + end for suffix in SUFFIXES for end in ("", *COMPRESSED))
 OWN_KEYS = ("column", "weight", "where")  # of a source, next to "files" or what `datasets` takes
 BUFFER = 1000  # rows that a stream is shuffled through; a thousand books fit into memory
 MAX_LINE = 1 << 24  # characters of a text file to read at a time; a line may exceed the memory
+MAX_TEXT = 1_000_000  # characters of a document of a text file; a longer one is cut at a line end
 MAX_FIELD = 10**8  # characters of a field of a csv file
 GIVE_UP = 1000  # rows of one file without the column, after which it is no use to go on
 TORN = (EOFError, gzip.BadGzipFile, zlib.error, csv.Error)  # errors of a truncated file
@@ -308,7 +308,7 @@ def txt_documents(lines, txt_document):
         is_blank = line.isspace()
         ends = txt_document == "line" or (txt_document == "blank_line" and is_blank)
         # one may end at this line, which only belongs to the next one then
-        if document and (ends or size > MAX_DOCUMENT):
+        if document and (ends or size > MAX_TEXT):
             yield {"text": "".join(document)}
             document = []
             size = 0

@@ -1,13 +1,17 @@
 """Keep all documents in one file, the spool, while prepare.py reads them more than once.
 
 The sources are read only once, into the spool. Meanwhile the documents with the smallest content
-hashes are held out for validation. Later reads of the spool leave them and their exact copies out,
-since a document is held out if its hash is not above that of the last one held out.
+hashes are held out for validation. Later reads of the spool leave them and their copies out, since
+a document is held out if its hash is not above that of the last one held out. A long document is
+held out by parts: the others are in training, and validation holds what the corpus holds.
 """
 
 import hashlib
 import heapq
+import re
 import shutil
+import string
+import unicodedata
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +20,13 @@ from tqdm import tqdm
 from nanocram.faults import Fault
 
 BLOCK = 1 << 24  # bytes of the spool that are read at a time
-MAX_DOCUMENT = 1_000_000  # characters; a longer text is cut into several documents
+MAX_DOCUMENT = 20_000  # characters; a longer text is cut into several documents
+HASH_DIGITS = 16  # hexadecimal digits before each text in the spool
+
+ALNUM = (string.ascii_letters + string.digits).encode()
+OTHER_ASCII = bytes(set(range(128)) - set(ALNUM))
+TO_LOWER = bytes.maketrans(string.ascii_uppercase.encode(), string.ascii_lowercase.encode())
+NO_LETTER = re.compile(r"[\W_]+")
 
 
 def cut_text(text, size):
@@ -26,10 +36,10 @@ def cut_text(text, size):
     """
     start = 0
     while len(text) - start > size:
-        last_space = text.rfind(" ", start + 1, start + size)
-        last_newline = text.rfind("\n", start + 1, start + size)
-        cut = max(last_space, last_newline)
-        if cut < 0:
+        cut = start + size
+        while cut > start and not text[cut].isspace():
+            cut -= 1
+        if cut == start:
             cut = start + size
         yield text[start:cut]
         start = cut
@@ -59,6 +69,18 @@ def digest(data):
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
 
+def content_hash(text):
+    """Return a hash of the letters and digits of a text, in lower case.
+
+    Texts that differ in blanks, punctuation or capitals share it.
+    """
+    # most characters are ASCII, which bytes.translate handles ten times as fast
+    key = text.encode().translate(TO_LOWER, OTHER_ASCII)
+    if not key.isascii():
+        key = NO_LETTER.sub("", key.decode().lower()).encode()
+    return digest(key or text.encode())
+
+
 class Held(NamedTuple):
     """A document, or a row, that is held out."""
 
@@ -84,9 +106,8 @@ class SmallestHashes:
         self.hashes = set()
         self.heap = []  # of (-hash, weight, data, label), so that the largest hash is on top
 
-    def add(self, data, weight, label=""):
-        """Add an item, and drop the largest hashes while the others weigh enough."""
-        h = digest(data)
+    def add(self, h, data, weight, label=""):
+        """Add an item of hash h, and drop the largest hashes while the others weigh enough."""
         if h in self.hashes:
             return
         heapq.heappush(self.heap, (-h, weight, data, label))
@@ -105,13 +126,14 @@ class SmallestHashes:
 
 
 # --------------------------------------------------------------------------------------------------
-# A spool of texts, each followed by a NUL byte
+# A spool of texts, each after its hash and before a NUL byte
 
 
 def clean_text(text, counts):
-    """Return a text without NUL and outer white space, and count what is wrong with it.
+    """Return a text in NFC without NUL and outer white space, and count what is wrong with it.
 
-    The result is empty if this is no text, or if nothing is left of it.
+    NFC writes é as one character, which some files have as e and an accent. The result is empty if
+    this is no text, or if nothing is left of it.
     """
     if not isinstance(text, str):
         counts["rows without text"] += 1
@@ -124,6 +146,8 @@ def clean_text(text, counts):
     except UnicodeEncodeError:
         counts["documents with lone surrogates"] += 1
         text = text.encode("utf-8", "replace").decode()
+
+    text = unicodedata.normalize("NFC", text)
 
     # what is left, and whether decoding has put a replacement character into it
     if not text:
@@ -150,14 +174,15 @@ def write_spool(path, documents, budget, max_chars, expected_chars, counts):
             if not text:
                 continue
 
-            # a part counts as a document of its own
+            # a part counts as a document of its own, so that some of the parts are held out
             for part in cut_text(text, MAX_DOCUMENT):
                 counts["documents"] += 1
                 counts["characters"] += len(part)
                 bar.update(len(part))
                 data = part.encode()
-                f.write(data + b"\0")
-                held.add(data, len(part), label)
+                h = content_hash(part)
+                f.write(b"%016x%b\0" % (h, data))
+                held.add(h, data, len(part), label)
 
             if max_chars and counts["characters"] >= max_chars:
                 break
@@ -171,8 +196,8 @@ def read_spool(path, cutoff):
         while block := f.read(BLOCK):
             *documents, rest = (rest + block).split(b"\0")
             for document in documents:
-                if digest(document) > cutoff:
-                    yield document.decode()
+                if int(document[:HASH_DIGITS], 16) > cutoff:
+                    yield document[HASH_DIGITS:].decode()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -194,7 +219,7 @@ def split_rows(work, documents, seq_len, vocab_size, val_rows, counts):
             require_fit(row, seq_len, vocab_size)
             data = np.array(row, np.uint16).tobytes()
             f.write(data)
-            held.add(data, 1)
+            held.add(digest(data), data, 1)
 
     # validation
     validation = held.sorted()

@@ -6,7 +6,9 @@ pre-tokenizer splits a text into words, and the model splits a word into entries
 
 import json
 import os
+import re
 import sys
+import unicodedata
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 
@@ -27,9 +29,14 @@ from nanocram.spool import MAX_DOCUMENT, cut_text
 
 SPECIAL_TOKENS = ["<pad>", "<unk>", "<cls>", "<sep>", "<mask>"]  # their ids are 0 to 4
 NON_ASCII = r"[^\x00-\x7F]+"
+WIDE_SPACE = r"[^\S\x00-\x7F]|\x{200B}"  # no-break, ideographic and other spaces of Unicode
+INVISIBLE = r"[\x{AD}\x{2060}\x{FEFF}]+"  # soft hyphen, word joiner, byte-order mark
+MAX_WORD = 100  # characters of a word that are tokenized together; the time grows with the square
+HAS_LONG_WORD = re.compile(rf"\S{{{MAX_WORD + 1}}}").search
 MAX_IDS = 65536  # what fits into uint16
 BATCH_CHARS = 1 << 20  # characters of documents that are tokenized together
 PIECE_CHARS = 2000  # characters of a document that are tokenized at a time; the time grows with it
+N_LOST = 10  # lost characters that a warning names
 THREADS = 3  # batches in work, so that the cores stay busy while ids are made into arrays
 
 
@@ -117,22 +124,23 @@ def download(path):
 def train_tokenizer(sample, kind, vocab_size, lowercase, strip_accents, ascii_only):
     """Train the paper's tokenizer [repo], or another one.
 
-    sample: a function that returns an iterator over texts, the same ones each time.
+    sample: a function that returns an iterator over texts in NFC, the same ones each time.
     kind: wordpiece as in the paper, bpe or unigram.
     """
     normalizer = make_normalizer(lowercase, strip_accents, ascii_only)
 
-    # The commonest characters are entries of their own, at most a quarter of the vocabulary. Texts
-    # with others (Wikipedia has thousands) are trained on with a space in their place.
-    counts = count_characters(sample())
-    alphabet = common_characters(counts, normalizer, vocab_size // 4)
+    # The commonest characters are entries of their own, at most half of the vocabulary. Texts with
+    # others (Wikipedia has thousands) are trained on with a space in their place.
+    counts = count_characters(composed(sample(), strip_accents))
+    characters = by_frequency(counts, normalizer)
+    alphabet, others = divide(characters, vocab_size // 2, kind)
     rare = rare_characters(counts, normalizer, alphabet)
-    texts = sample()
+    texts = composed(sample(), strip_accents)
     if rare:
         texts = (text.translate(rare) for text in texts)
 
     if kind == "wordpiece":
-        tokenizer = train_wordpiece(texts, normalizer, alphabet, vocab_size)
+        tokenizer = train_wordpiece(texts, normalizer, alphabet, others, vocab_size)
     elif kind == "bpe":
         tokenizer = train_bpe(texts, normalizer, alphabet, vocab_size)
     else:
@@ -157,8 +165,13 @@ def train_tokenizer(sample, kind, vocab_size, lowercase, strip_accents, ascii_on
 
 
 def make_normalizer(lowercase, strip_accents, ascii_only):
-    """Return the normaliser: plain quotes, Unicode form, then what is asked for."""
-    steps = [normalizers.Replace("``", '"'), normalizers.Replace("''", '"')]
+    """Return the normaliser: plain quotes and spaces, Unicode form, then what is asked for."""
+    steps = [
+        normalizers.Replace("``", '"'),
+        normalizers.Replace("''", '"'),
+        normalizers.Replace(Regex(WIDE_SPACE), " "),
+        normalizers.Replace(Regex(INVISIBLE), ""),
+    ]
 
     # NFD splits é into e and an accent, which can then be stripped
     if strip_accents:
@@ -185,8 +198,15 @@ def count_characters(texts):
     return {chr(code): int(n[code]) for code in np.flatnonzero(n)}
 
 
-def common_characters(counts, normalizer, size):
-    """Return the `size` commonest characters of the normalised text, sorted, without white space.
+def composed(texts, strip_accents):
+    """Yield texts in NFKC if the normaliser composes characters, so that each stands for itself."""
+    if strip_accents:
+        return texts
+    return (unicodedata.normalize("NFKC", text) for text in texts)
+
+
+def by_frequency(counts, normalizer):
+    """Return the characters of the normalised text without white space, the commonest first.
 
     counts: {character: how often it occurs} in the text as it is.
     """
@@ -195,8 +215,19 @@ def common_characters(counts, normalizer, size):
         for c in set(normalizer.normalize_str(character)):
             if not c.isspace():
                 normalized[c] += n
-    by_frequency = sorted(normalized, key=lambda c: (-normalized[c], c))
-    return sorted(by_frequency[:size])
+    return sorted(normalized, key=lambda c: (-normalized[c], c))
+
+
+def divide(characters, room, kind):
+    """Return (the first characters, sorted, as many as take `room` entries; the others)."""
+    n = 0
+    for c in characters:
+        # WordPiece has "c" and "##c", but an ideograph is a word of its own
+        room -= 1 if kind != "wordpiece" or is_ideograph(c) else 2
+        if room < 0:
+            break
+        n += 1
+    return sorted(characters[:n]), characters[n:]
 
 
 def rare_characters(counts, normalizer, alphabet):
@@ -210,27 +241,56 @@ def rare_characters(counts, normalizer, alphabet):
     return table
 
 
-def train_wordpiece(texts, normalizer, alphabet, vocab_size):
-    """Train the paper's kind of vocabulary. A token inside a word begins with ##."""
+def train_wordpiece(texts, normalizer, alphabet, others, vocab_size):
+    """Train the paper's kind of vocabulary. A token inside a word begins with ##.
+
+    others: characters outside the alphabet, the commonest first.
+    """
     # The trainer numbers "##c" in the order of a hash table, and ties between merges follow these
     # numbers. As special tokens in sorted order they make the vocabulary the same in each run.
+    inside = [c for c in alphabet if not is_ideograph(c)]
     trained = Tokenizer(models.WordPiece(unk_token="<unk>"))
     trained.normalizer = normalizer
-    trained.pre_tokenizer = pre_tokenizers.Whitespace()
+    trained.pre_tokenizer = word_splitter(inside)
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
-        special_tokens=SPECIAL_TOKENS + [f"##{c}" for c in alphabet],
+        special_tokens=SPECIAL_TOKENS + [f"##{c}" for c in inside],
         show_progress=sys.stderr.isatty(),
     )
     trained.train_from_iterator(texts, trainer)
 
+    # where there are too few words, as in Chinese, there is room for more characters
+    vocabulary = trained.get_vocab()
+    for c in others:
+        if len(vocabulary) < vocab_size:
+            vocabulary.setdefault(c, len(vocabulary))
+
     # the tokenizer proper has the same vocabulary, but only our five as special tokens
-    tokenizer = Tokenizer(models.WordPiece(vocab=trained.get_vocab(), unk_token="<unk>"))
+    tokenizer = Tokenizer(models.WordPiece(vocab=vocabulary, unk_token="<unk>"))
     tokenizer.add_special_tokens(SPECIAL_TOKENS)
     tokenizer.normalizer = trained.normalizer
     tokenizer.pre_tokenizer = trained.pre_tokenizer
     tokenizer.decoder = decoders.WordPiece(prefix="##")
     return tokenizer
+
+
+def is_ideograph(character):
+    """Return whether a character is a word of its own, as those of Chinese are in BERT."""
+    return unicodedata.name(character, "").startswith("CJK ")
+
+
+def word_splitter(inside):
+    """Return what splits a text into words: runs of letters and digits, runs of other signs.
+
+    A character outside ASCII that is not among those `inside` words is a word of its own, so that
+    a rare one costs one <unk> and not the word or, without spaces, the clause around it. A word of
+    more than MAX_WORD characters is cut.
+    """
+    known = "".join(c for c in inside if not c.isascii())
+    cut = Regex(rf"[^\x00-\x7F{known}]|.{{{MAX_WORD}}}")
+    return pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.Split(cut, "isolated")]
+    )
 
 
 def train_bpe(texts, normalizer, alphabet, vocab_size):
@@ -327,8 +387,9 @@ def encode(tokenizer, for_ascii, piece, texts):
 
     # encode the pieces in ASCII with the faster tokenizer
     encodings = [None] * len(pieces)
-    for encoder, takes_ascii in ((for_ascii, True), (tokenizer, False)):
-        chosen = [k for k, part in enumerate(pieces) if part.isascii() == takes_ascii]
+    is_plain = [part.isascii() and not HAS_LONG_WORD(part) for part in pieces]
+    for encoder, takes_plain in ((for_ascii, True), (tokenizer, False)):
+        chosen = [k for k in range(len(pieces)) if is_plain[k] == takes_plain]
         found = encoder.encode_batch_fast([pieces[k] for k in chosen], add_special_tokens=False)
         for k, encoding in zip(chosen, found):
             encodings[k] = encoding
@@ -343,7 +404,7 @@ def encode(tokenizer, for_ascii, piece, texts):
 def ascii_tokenizer(tokenizer):
     """Return a tokenizer that does the same for ASCII text, in about two thirds of the time.
 
-    It lacks the steps of the normaliser that leave ASCII text as it is.
+    It lacks the steps that leave ASCII text without long words as it is.
     """
     spec = json.loads(tokenizer.to_str())
     steps = (spec["normalizer"] or {}).get("normalizers", [])
@@ -352,12 +413,23 @@ def ascii_tokenizer(tokenizer):
     stays_ascii = json.dumps([steps, spec["added_tokens"]], ensure_ascii=False).isascii()
     if stays_ascii:
         idle = [{"type": kind} for kind in ("NFC", "NFD", "NFKC", "NFKD", "StripAccents")]
-        idle.append({"type": "Replace", "pattern": {"Regex": NON_ASCII}, "content": ""})
+        for pattern, content in ((NON_ASCII, ""), (INVISIBLE, ""), (WIDE_SPACE, " ")):
+            idle.append({"type": "Replace", "pattern": {"Regex": pattern}, "content": content})
         steps[:] = [step for step in steps if step not in idle]
+
+        # the cut of word_splitter
+        splits = (spec["pre_tokenizer"] or {}).get("pretokenizers", [])
+        splits[:] = [split for split in splits if not cuts_only_long_words(split)]
 
     plain = Tokenizer.from_str(json.dumps(spec))
     plain.encode_special_tokens = tokenizer.encode_special_tokens
     return plain
+
+
+def cuts_only_long_words(split):
+    """Return whether a part of a pre-tokenizer is the cut of word_splitter."""
+    pattern = split.get("pattern", {}).get("Regex", "")
+    return pattern.startswith(r"[^\x00-\x7F") and pattern.endswith(f"]|.{{{MAX_WORD}}}")
 
 
 def splits_at_spaces(tokenizer):
@@ -365,3 +437,70 @@ def splits_at_spaces(tokenizer):
     spec = json.loads(tokenizer.to_str())["pre_tokenizer"] or {"type": None}
     first = spec.get("pretokenizers", [spec])[0]
     return first["type"] in ("Whitespace", "WhitespaceSplit", "BertPreTokenizer")
+
+
+# --------------------------------------------------------------------------------------------------
+# What a tokenizer loses
+
+
+class Losses:
+    """Count what a normaliser leaves of a text. It looks up each character in a table."""
+
+    def __init__(self, tokenizer):
+        self.normalizer = tokenizer.normalizer
+        size = sys.maxunicode + 1
+        self.is_known = np.zeros(size, bool)  # whether the tables have the character
+        self.n_written = np.zeros(size, np.uint8)  # characters that it becomes
+        self.is_letter = np.zeros(size, bool)
+        self.is_lost = np.zeros(size, bool)  # whether it is a letter and becomes none
+        self.is_deleted = np.zeros(size, bool)  # whether it becomes nothing
+
+    def count(self, text):
+        """Return (characters after normalisation, letters, letters lost, characters deleted)."""
+        codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        for code in np.unique(codes[~self.is_known[codes]]):
+            self.look_up(chr(code))
+
+        # a run of spaces becomes one
+        is_space = codes == ord(" ")
+        n_written = int(self.n_written[codes].sum()) - int((is_space[1:] & is_space[:-1]).sum())
+        tables = (self.is_letter, self.is_lost, self.is_deleted)
+        return n_written, *(int(table[codes].sum()) for table in tables)
+
+    def look_up(self, character):
+        """Fill the tables for a character, by what becomes of it between two letters."""
+        around = f"q{character}q"
+        if self.normalizer:
+            around = self.normalizer.normalize_str(around)
+        form = around.partition("q")[2].rpartition("q")[0]
+        code = ord(character)
+        self.is_known[code] = True
+        self.n_written[code] = len(form)
+        self.is_letter[code] = character.isalpha()
+        self.is_lost[code] = character.isalpha() and not any(c.isalpha() for c in form)
+        self.is_deleted[code] = not form
+
+
+def warn_of_unknown(tokenizer, texts):
+    """Print a warning if more than 1 % of the tokens of some texts are <unk>."""
+    unk = special_ids(tokenizer)["unk"]
+    n_tokens = 0
+    n_unknown = 0
+    characters = Counter()
+    for text, tokens in encode_ahead(tokenizer, texts):
+        n_tokens += len(tokens)
+        n_unknown += int((tokens == unk).sum())
+        characters.update(text)
+    if n_unknown <= n_tokens / 100:
+        return
+
+    # a character is lost if it is unknown alone
+    lost = []
+    for c, _ in characters.most_common():
+        if len(lost) < N_LOST and unk in tokenizer.encode(c, add_special_tokens=False).ids:
+            lost.append(c)
+    print(
+        f"warning: {n_unknown / n_tokens:.1%} of the tokens are <unk>, of which a model learns "
+        f"nothing; the commonest characters that the vocabulary lacks: {' '.join(lost) or 'none'}; "
+        "a larger vocab_size keeps more of them"
+    )

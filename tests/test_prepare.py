@@ -144,6 +144,22 @@ def test_the_filter_drops_by_tokens_per_character(run):
     )  # some of them are held out
 
 
+def test_the_filter_judges_what_the_normaliser_leaves(run):
+    """Documents in another script are dropped; one that is mostly English is not."""
+    greek = [d.translate(str.maketrans("abdegilmnor", "αβδεγιλμνορ")) for d in sentences(100, 7)]
+    mixed = [f"{d} {d} {greek[i][:60]}" for i, d in enumerate(sentences(100, 8))]
+    Path("text.txt").write_text("\n\n".join([*sentences(400), *greek, *mixed]))
+    assert run("prepare.py", *TINY)[0] is None
+    message, _ = run("prepare.py", *TINY, "--dataset=b", "--filter_ratio=0.9")
+    assert message is None, message
+    (_, val, off, _), (_, same, on, _) = bins(), bins("b")
+    assert (val == same).all()  # validation documents are never dropped
+    assert 80 <= on["counts"]["documents dropped by the filter"] <= 100
+    assert "documents dropped by the filter" not in off["counts"]
+    letters = sum(not c.isascii() for d in greek + mixed for c in d)
+    assert 0.8 * letters < off["counts"]["characters that the normaliser deletes"] <= letters
+
+
 def test_insert_cls(run):
     run("prepare.py", *TINY, "--insert_cls=True")
     val = bins()[1].ravel()
@@ -239,7 +255,11 @@ def test_a_full_disk_leaves_nothing(run, home):
         ),
         (["--tokenizer_file=config/none/tokenizer.json"], "cannot be read"),
         (["--dataset=.."], "no plain name"),
-        (["--order=fragment", "--insert_sep=False"], "does not tell the rows apart"),
+        (["--order=fragment", "--insert_sep=False"], "set insert_sep=True"),
+        (
+            ["--order=sentence_length", "--sources=no_stop.txt"],
+            "no sentence end in the first 3,200 characters",
+        ),
         (["--val_rows=5000"], "too few to hold out val_rows = 5000"),
         (["--sources=nothing.txt"], "'nothing.txt' is no file, folder or glob"),
         (
@@ -265,6 +285,7 @@ def test_mistakes_end_in_one_line_and_leave_nothing(run, args, expected):
     parquet.write_table(pyarrow.table({"body": ["x"]}), "columns.parquet")
     Path("columns.csv").write_text("a,b\n1,2,3\n")
     Path("odd.xml").write_text("<a/>")
+    Path("no_stop.txt").write_text("bal dem!" * 400)
     Path("empty.txt").write_text("\n\n \n")
     Path("cyrillic.txt").write_text("\n\n".join("бал дем. " * (i + 1) for i in range(400)))
     Path("array.json").write_text('[{"text": "bal"}]')

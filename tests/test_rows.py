@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import TINY, sentences
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_prepare import bins
 
@@ -37,28 +37,84 @@ def test_orders(run, order):
     assert (bins("cut")[0] == train[:50]).all()
 
 
-def repeated_by_definition(tokens, n, sep):
-    mark, seen = [False] * len(tokens), {}
-    for i in range(len(tokens) - n + 1):
-        run = tuple(tokens[i : i + n])
-        if sep in run:
-            continue
-        if i >= seen.setdefault(run, i) + n:
-            mark[i : i + n] = [True] * n
-    return mark
+def cut_plainly(text, n):
+    """Return a string without its repeats, and the runs of n that were cut out.
+
+    "<" and ">" stand for the marks. Strings are compared by slices, and looked up by find().
+    """
+    kept, runs = list(text), []
+    for i in range(len(text) - n + 1):
+        run = text[i : i + n]
+        if "<" not in run and ">" not in run and run in "".join(kept)[:i]:
+            kept[i : i + n] = " " * n  # a hole that no run spans
+            runs.append(run)
+    return "".join(kept), runs
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(0, 3), max_size=60), st.integers(1, 7), st.booleans())
-def test_repeats_against_their_definition(tokens, n, collide):
-    """With a hash that is right, and with one that is the same for every run; in blocks of 7."""
+def as_tokens(text):
+    return np.frombuffer(text.encode("utf-16-le"), np.uint16)
+
+
+MARKS = as_tokens("<>").tolist()
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(alphabet="abc<>", max_size=60), st.integers(1, 7))
+@example("abcdXbcdeYcdefZcde", 3)
+def test_repeats_against_a_plain_implementation(text, n):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows, "CHUNK", 7)
-        if collide:
-            same = lambda tokens, n: np.zeros(len(tokens) - n + 1, np.uint64)  # noqa: E731
-            patch.setattr(rows, "window_hashes", same)
-        mark = rows.repeated(np.array(tokens, np.uint16), n, 3)
-    assert mark.tolist() == repeated_by_definition(tokens, n, 3) or len(tokens) <= n
+        patch.setattr(rows, "CHUNK", 7)  # blocks have seams
+        patch.setattr(rows, "ROWS", 3)
+        cut = rows.repeated(as_tokens(text), n, MARKS)
+    expected, runs = cut_plainly(text, n)
+    assert "".join(" " if c else t for t, c in zip(text, cut)) == expected
+    assert all(run in expected for run in runs)  # of everything one occurrence stays
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text(alphabet="ab<>", max_size=40), st.integers(1, 5))
+def test_runs_whose_hashes_collide_are_not_taken_for_repeats(text, n):
+    with pytest.MonkeyPatch.context() as patch:
+        same = lambda tokens, n: np.zeros(len(tokens) - n + 1, np.uint64)  # noqa: E731
+        patch.setattr(rows, "window_hashes", same)
+        cut = rows.repeated(as_tokens(text), n, MARKS)
+    kept = "".join(" " if c else t for t, c in zip(text, cut))
+    for i in range(len(text) - n + 1):
+        if cut[i : i + n].all() and not cut[i + n : i + n + 1].any():
+            assert text[i : i + n] in kept
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("<ab><><cd>", "<ab><cd>"),
+        ("<><><a>", "<a>"),
+        ("ab>>>cd>", "ab>cd>"),
+        (">a>", "a>"),
+        ("<<a<<b<", "<a<b<"),
+        ("<a><", "<a><"),
+        ("", ""),
+    ],
+)
+def test_documents_of_which_nothing_is_left_leave_no_marks(text, expected):
+    tokens = as_tokens(text)
+    left = tokens[~rows.in_empty_document(tokens, *MARKS)]
+    assert left.tobytes().decode("utf-16-le") == expected
+
+
+def test_deduplication_keeps_the_marks_of_documents(run):
+    documents = sentences(300)
+    Path("text.txt").write_text("\n\n".join([*documents, *(d + " gol" for d in documents)]))
+    message, _ = run("prepare.py", *TINY, "--insert_cls=True", "--dedup_tokens=12")
+    assert message is None, message
+    stream = bins()[0]
+    tokens = stream.ravel()[:-1]
+    order = bins()[2]["counts"]
+    assert order["tokens dropped as repeats"] > 1000
+    # rows are shuffled, so look at neighbours in a row only
+    pairs = [(a, b) for row in stream.tolist() for a, b in zip(row, row[1:])]
+    assert {b for a, b in pairs if a == 3} == {2} and {a for a, b in pairs if b == 2} == {3}
+    assert (tokens == 2).sum() > 100
 
 
 def test_window_hashes_differ_where_windows_do():

@@ -190,7 +190,7 @@ def test_one_long_line_is_cut_and_max_chars_stops(run):
     message, _ = run("prepare.py", *TINY, "--sources=text.txt,long.txt")
     assert message is None, message
     counts = bins()[2]["counts"]
-    assert counts["documents"] == 400 + 3 and counts["characters"] > 2_500_000
+    assert counts["documents"] == 400 + 128 and counts["characters"] > 2_500_000
     message, _ = run("prepare.py", *TINY, "--dataset=b", "--max_chars=50_000")
     assert message is None, message
     assert 50_000 <= bins("b")[2]["counts"]["characters"] < 52_000

@@ -1,6 +1,9 @@
 """Tests of nanocram/spool.py: the spool gives back what was written."""
 
+from collections import Counter
+
 import pytest
+from conftest import sentences
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,16 +16,66 @@ TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])
 @given(st.lists(TEXT, max_size=9), st.integers(1, 9))
 def test_the_spool_is_read_whatever_the_blocks(tmp_path_factory, texts, block):
     path = tmp_path_factory.mktemp("spool") / "spool"
-    path.write_bytes(b"".join(t.encode() + b"\0" for t in texts))
+    path.write_bytes(b"".join(f"{i:016x}{text}\0".encode() for i, text in enumerate(texts)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(spool, "BLOCK", block)
         assert list(spool.read_spool(path, -1)) == texts
+        assert list(spool.read_spool(path, 2)) == texts[3:]
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.text(alphabet="ab \n", max_size=200), st.integers(2, 20))
+@given(st.text(alphabet="ab \n\t\u00a0\u2028\u3000", max_size=200), st.integers(2, 20))
 def test_pieces_lose_nothing_and_cut_at_white_space(text, size):
     parts = list(spool.cut_text(text, size))
     assert "".join(parts) == text and all(len(p) <= size for p in parts)
     for a, b in zip(parts, parts[1:]):
-        assert b[0] in " \n" or not any(c in " \n" for c in a[1:])
+        assert b[0].isspace() or not any(c.isspace() for c in a[1:])
+
+
+def test_texts_that_differ_in_blanks_marks_or_capitals_share_a_hash():
+    """Against the definition: equal letters and digits in lower case, or equal texts if none."""
+    texts = [
+        "Bal dem.",
+        "bal  dem",
+        "BAL\u00a0DÉM",
+        "bal dém!",
+        "“bal„ dem",
+        "bald em 1",
+        "ﬁ",
+        "FI",
+    ]
+    texts += ["中文，中", "中文 中", "...", "....", "_", "", "१२", "٣"]
+    for a in texts:
+        for b in texts:
+            keys = ["".join(filter(str.isalnum, text.lower())) for text in (a, b)]
+            same = keys[0] == keys[1] and (keys[0] != "" or a == b)
+            assert (spool.content_hash(a) == spool.content_hash(b)) == same, (a, b)
+
+
+def split(path, documents, budget):
+    """Spool documents. Return (texts held out, texts that are left for training)."""
+    pairs = [(text, "") for text in documents]
+    held = spool.write_spool(path, pairs, budget, 0, 0, Counter())
+    return [d.text for d in held], list(spool.read_spool(path, held[-1].hash))
+
+
+def test_copies_that_differ_in_blanks_are_held_out_together(tmp_path):
+    documents = sentences(400)
+    copies = [d.replace(" ", "  ", 3).replace(".", "!", 1).upper() for d in documents]
+    held, training = split(tmp_path / "spool", documents + copies, 9000)
+    letters = [["".join(filter(str.isalnum, d.lower())) for d in part] for part in (held, training)]
+    assert len(held) > 20 and len(training) == 800 - 2 * len(held)
+    assert not set(letters[0]) & set(letters[1])
+
+
+def test_a_long_document_is_held_out_by_pieces(tmp_path):
+    """Half of the text is two books: about half of what is held out is of them."""
+    books = ["\n".join(sentences(2500, seed)).upper() for seed in (1, 2)]
+    articles = sentences(5000)
+    held, training = split(tmp_path / "spool", [*articles, *books], 400_000)
+    for part in (held, training):
+        size = [sum(len(d) for d in part if d.isupper() == upper) for upper in (True, False)]
+        assert 0.3 < size[0] / sum(size) < 0.7
+    whole = "".join("".join(d.split()) for d in [*articles, *books])
+    parts = "".join("".join(d.split()) for d in held + training)
+    assert Counter(whole) == Counter(parts) and max(map(len, training)) <= 20_000

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import random
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,9 @@ from conftest import TINY, sentences, start
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_prepare import bins
+from tokenizers import Tokenizer, models
 
-from nanocram.tokenizer import encode_ahead, train_tokenizer
+from nanocram.tokenizer import Losses, encode_ahead, make_normalizer, train_tokenizer
 
 
 def test_the_vocabulary_is_made_of_a_sample_of_all_sources(run):
@@ -170,3 +173,109 @@ def test_a_given_tokenizer_and_its_special_tokens(run):
     Path("bert.json").write_text(json.dumps(data).replace("[MASK]", "[OTHER]"))
     message, _ = run("prepare.py", *TINY, "--dataset=c", "--tokenizer_file=bert.json")
     assert "neither <mask> nor [MASK]" in message
+
+
+def trained(text, vocab_size, kind="wordpiece", to_ascii=False):
+    """Return a tokenizer of a text, which is given again and again."""
+    texts = text if isinstance(text, list) else [text]
+    return train_tokenizer(
+        lambda: iter(texts),
+        kind=kind,
+        vocab_size=vocab_size,
+        lowercase=True,
+        strip_accents=to_ascii,
+        ascii_only=to_ascii,
+    )
+
+
+def tokens_of(tokenizer, text):
+    return tokenizer.encode(text, add_special_tokens=False).tokens
+
+
+def test_an_ideograph_is_a_word_and_a_rare_one_costs_one_token():
+    rng = random.Random(0)
+    common = "的一是不了人我在有他这为之大来"
+    texts = ["".join(rng.choices(common, k=40)) + "。 " + d for d in sentences(50)]
+    tokenizer = trained(texts, 120)
+    found = tokens_of(tokenizer, "大来龘人。bal")
+    assert found == ["大", "来", "<unk>", "人", "。", "bal"]
+    assert not any(t.startswith("##") and t[2] in common for t in tokenizer.get_vocab())
+
+
+@pytest.mark.parametrize(
+    "script", [(0x0E01, 0x0E2E), (0x1780, 0x17A2), (0x0E81, 0x0EA2), (0x1000, 0x1020)]
+)
+def test_a_rare_character_does_not_lose_its_clause(script):
+    """Thai, Khmer, Lao and Burmese write clauses without spaces."""
+    rng = random.Random(0)
+    letters = [c for c in map(chr, range(*script)) if c.isalpha()][:20]
+    words = ["".join(rng.choices(letters, k=4)) for _ in range(60)]
+    texts = ["".join(rng.choices(words, k=12)) for _ in range(99)]
+    tokenizer = trained(texts, 160)
+    found = tokens_of(tokenizer, texts[0] + "龘" + texts[1])
+    assert found.count("<unk>") == 1 and len(found) < len(texts[0] + texts[1])
+    text = "".join(token.removeprefix("##") for token in found)
+    assert text == texts[0] + "<unk>" + texts[1]
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe", "unigram"])
+def test_words_of_any_length_are_encoded(kind):
+    rng = random.Random(0)
+    texts = ["".join(rng.choices("ACGT", k=rng.randint(300, 900))) for _ in range(60)]
+    tokenizer = trained(texts, 64, kind, to_ascii=True)
+    for text, ids in encode_ahead(tokenizer, [*texts[:3], "a " * 10 + texts[3], "gattaca" * 1000]):
+        assert 1 not in ids
+        written = "".join(tokenizer.id_to_token(i) for i in ids.tolist())
+        assert written.replace("##", "").replace("▁", "") == text.lower().replace(" ", "")
+        assert len(ids) < 0.7 * len(text)
+
+
+def test_spaces_of_unicode_separate_words_and_invisible_marks_do_not():
+    texts = [*sentences(50), "é"]
+    for to_ascii in (True, False):
+        tokenizer = trained(texts, 90, to_ascii=to_ascii)
+        plain = tokens_of(tokenizer, "bal dem gol")
+        for space in "\u00a0\u2028\u2029\u3000\u2003\u202f\u205f\u1680\u0085\u200b\t\n":
+            assert tokens_of(tokenizer, f"bal{space}dem{space}{space}gol") == plain, repr(space)
+        for mark in "\u00ad\u2060\ufeff":
+            assert tokens_of(tokenizer, f"b{mark}al de{mark}m gol") == plain
+
+
+def test_a_text_without_composed_characters_gives_the_same_data(run):
+    text = "\n\n".join(f"ｶﾞ ä é {d} ｶﾞｶﾞ lä ñú" for d in sentences(400))
+    for form in ("NFC", "NFD"):
+        Path(f"{form}.txt").write_text(unicodedata.normalize(form, text))
+        for times in "12":
+            args = [f"--sources={form}.txt", "--strip_accents=False", "--ascii_only=False"]
+            assert run("prepare.py", *TINY, *args, f"--dataset={form}{times}")[0] is None
+    metas = [bins(name)[2] for name in ("NFC1", "NFC2", "NFD1", "NFD2")]
+    assert all(m["sha256"] == metas[0]["sha256"] for m in metas)
+    assert all(m["counts"] == metas[0]["counts"] for m in metas)
+    assert "ガ" in bins("NFC1")[3].get_vocab()  # only NFKC composes the halves ｶ and ﾞ
+
+
+def test_unknown_tokens_are_named(run):
+    rare = "ßðþøł" * 3 + "đ"
+    texts = [f"{d} {rare[i % 16]}{rare[i % 16]} x" for i, d in enumerate(sentences(400))]
+    Path("text.txt").write_text("\n\n".join(texts))
+    message, output = run("prepare.py", *TINY, "--ascii_only=False", "--vocab_size=64")
+    assert message is None, message
+    assert "of the tokens are <unk>" in output
+    named = output.split("that the vocabulary lacks: ")[1].split(";")[0].split()
+    assert set(named) <= set(rare) and 0 < len(named) <= 10
+    assert "of the tokens are <unk>" not in run("prepare.py", *TINY, "--dataset=b")[1]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(alphabet="aÄé ß中бд. \t\u00ad\u0301", max_size=30), st.booleans())
+def test_losses_are_those_of_the_normaliser(text, to_ascii):
+    text = unicodedata.normalize("NFC", text)
+    tokenizer = Tokenizer(models.WordLevel({}, ""))
+    tokenizer.normalizer = make_normalizer(True, to_ascii, to_ascii)
+    n_written, n_letters, n_lost, n_deleted = Losses(tokenizer).count(text)
+    normal = tokenizer.normalizer.normalize_str(text)
+    letters = sum(map(str.isalpha, text))
+    assert n_letters == letters and letters - n_lost == sum(map(str.isalpha, normal))
+    assert n_written >= len(normal) and n_written - len(normal) <= text.count(" ")
+    kept = sum(bool(tokenizer.normalizer.normalize_str(f"x{c}x") != "xx") for c in text)
+    assert len(text) - n_deleted == kept
