@@ -238,7 +238,7 @@ def filter_documents(encoded, filter_ratio, unk, losses, counts, dropped):
     dropped: a list to which the beginnings of the first few dropped documents are appended.
     """
     for text, tokens in encoded:
-        n_chars, n_letters, n_lost, n_deleted = losses.count(text)
+        n_chars, lost, n_deleted = losses.count(text)
         counts["characters that the normaliser deletes"] += n_deleted
         if not len(tokens):
             counts["documents without tokens"] += 1
@@ -246,7 +246,7 @@ def filter_documents(encoded, filter_ratio, unk, losses, counts, dropped):
 
         # many tokens per character: tables, code, other languages; few letters left: other scripts
         compresses_badly = len(tokens) > filter_ratio * n_chars
-        if filter_ratio and (compresses_badly or n_lost > n_letters / 3):
+        if filter_ratio and (compresses_badly or lost > 1 / 3):
             counts["documents dropped by the filter"] += 1
             if len(dropped) < N_EXAMPLES:
                 dropped.append(" ".join(text[:100].split()))
