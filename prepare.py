@@ -510,7 +510,7 @@ def main(config):
         token_counts, dropped = build(work, entries, config, settings)
         for path in work.rglob("*"):
             if path.is_file():
-                with open(path, "rb") as f:
+                with open(path, "r+b") as f:  # Windows synchronises only what may be written
                     os.fsync(f.fileno())
         os.replace(work, folder)
     finally:

@@ -9,6 +9,7 @@ import hashlib
 import math
 import os
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +188,8 @@ def require_memory(n_tokens):
 
 def available_memory():
     """Return the memory in bytes that this process may still use."""
+    if not hasattr(os, "sysconf"):
+        return sys.maxsize  # Windows does not say
     if not os.path.exists("/proc/meminfo"):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     report = Path("/proc/meminfo").read_text()
