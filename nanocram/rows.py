@@ -410,9 +410,9 @@ def print_summary(folder, token_counts, dropped=()):
     for what, n in counts.items():
         print(f"  {what}: {n:,}")
     if "characters kept" in counts:
-        print(f"  characters per token: {counts['characters kept'] / counts['tokens']:.2f}")
+        print(f"  characters per token: {counts['characters kept'] / counts['tokens packed']:.2f}")
     unknown = token_counts[meta["special_ids"]["unk"]]
-    print(f"  share of <unk>: {unknown / token_counts.sum():.4%}")
+    print(f"  fraction of <unk>: {unknown / token_counts.sum():.4%}")
     print(f"  train.bin: {meta['train_rows']:,} rows of {meta['seq_len']}", end="")
     print(f", val.bin: {meta['val_rows']:,}")
 

@@ -9,6 +9,7 @@ import contextlib
 import csv
 import glob
 import gzip
+import hashlib
 import io
 import itertools
 import json
@@ -19,7 +20,7 @@ import tempfile
 import time
 import zlib
 
-from nanocram.docs_corpus import package_documents
+from nanocram.docs_corpus import package_documents, required_packages
 from nanocram.faults import Fault, one_line
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
@@ -45,6 +46,11 @@ TORN = (EOFError, gzip.BadGzipFile, zlib.error, csv.Error)  # errors of a trunca
 
 def check_sources(sources):
     """Return the sources as dicts. Raise Fault for one that cannot be meant."""
+    # the command line takes a path with a comma for two
+    if all(isinstance(source, str) for source in sources):
+        path = ",".join(sources)
+        if os.path.exists(os.path.expanduser(path)):
+            sources = [path]
     return [check_source(source) for source in sources]
 
 
@@ -85,6 +91,39 @@ def check_source(source):
 def has_docs(entries):
     """Return whether "docs", the documentation of the installed packages, is one of the sources."""
     return any(entry.get("files") == "docs" for entry in entries)
+
+
+def source_stamps(entries):
+    """Return what tells whether sources have changed: their files, sizes and dates, revisions."""
+    files = []
+    size = 0
+    revisions = {}
+    for entry in entries:
+        if entry.get("files", "docs") != "docs":
+            for path in sorted(local_files(entry["files"])):
+                stat = os.stat(path)
+                files.append([path, stat.st_size, stat.st_mtime_ns])
+                size += stat.st_size
+        elif "files" in entry:
+            found = required_packages().items()
+            revisions["docs"] = {name: distribution.version for name, distribution in found}
+        else:
+            revisions[entry["path"]] = hub_revision(entry)
+    digest = hashlib.blake2b(json.dumps(files).encode(), digest_size=8).hexdigest()
+    return {"files": len(files), "bytes": size, "digest": digest, "revisions": revisions}
+
+
+def hub_revision(entry):
+    """Return the commit of a data set on the hub, or None if it cannot be had."""
+    if "data_files" in entry:
+        return None
+    from huggingface_hub import HfApi
+
+    try:
+        info = HfApi().dataset_info(entry["path"], revision=entry.get("revision"), timeout=10)
+    except Exception:  # no network, no such data set: reading it will say more
+        return None
+    return info.sha
 
 
 def expected_chars(entries, max_chars):
@@ -365,7 +404,9 @@ def rows_of_file(path, columns, txt_document, counts):
         if plain.endswith(".csv"):
             yield from csv_rows(f, path, counts)
         elif plain.endswith(".txt"):
-            yield from txt_documents(f, txt_document)
+            for row in txt_documents(f, txt_document):
+                counts["documents of .txt files"] += 1
+                yield row
         else:
             yield from json_rows(f, plain.endswith(".json"), counts)
 

@@ -128,7 +128,33 @@ def train_tokenizer(sample, kind, vocab_size, lowercase, strip_accents, ascii_on
     kind: wordpiece as in the paper, bpe or unigram.
     """
     normalizer = make_normalizer(lowercase, strip_accents, ascii_only)
+    tokenizer = train_up_to(vocab_size, sample, kind, normalizer, strip_accents)
+    size = tokenizer.get_vocab_size()
 
+    # A small corpus has too few different words. A smaller vocabulary has fewer characters, and may
+    # then fall short again, so look for a size that can be reached.
+    if size != vocab_size:
+        works = vocab_size
+        while size < works:
+            works = size
+            size = train_up_to(works, sample, kind, normalizer, strip_accents).get_vocab_size()
+        hint = "; ascii_only=True drops all other scripts" if ascii_only else ""
+        raise Fault(
+            f"the corpus is too small for vocab_size = {vocab_size}; set vocab_size to {works}, "
+            f"or add text{hint}"
+        )
+
+    # what encode() puts around a text, or a pair of texts, unless told not to
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<cls> $A <sep>",
+        pair="<cls> $A <sep> $B:1 <sep>:1",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("<cls>", "<sep>")],
+    )
+    return tokenizer
+
+
+def train_up_to(vocab_size, sample, kind, normalizer, strip_accents):
+    """Train a tokenizer of at most vocab_size entries; a small corpus gives fewer."""
     # The commonest characters are entries of their own, at most half of the vocabulary. Texts with
     # others (Wikipedia has thousands) are trained on with a space in their place.
     counts = count_characters(composed(sample(), strip_accents))
@@ -140,28 +166,10 @@ def train_tokenizer(sample, kind, vocab_size, lowercase, strip_accents, ascii_on
         texts = (text.translate(rare) for text in texts)
 
     if kind == "wordpiece":
-        tokenizer = train_wordpiece(texts, normalizer, alphabet, others, vocab_size)
-    elif kind == "bpe":
-        tokenizer = train_bpe(texts, normalizer, alphabet, vocab_size)
-    else:
-        tokenizer = train_unigram(texts, normalizer, alphabet, vocab_size)
-
-    # a small corpus has too few different words
-    size = tokenizer.get_vocab_size()
-    if size != vocab_size:
-        hint = "; ascii_only=True drops all other scripts" if ascii_only else ""
-        raise Fault(
-            f"the corpus is too small for vocab_size = {vocab_size}: it gives {size} entries; "
-            f"set vocab_size to {size} or less, or add text{hint}"
-        )
-
-    # what encode() puts around a text, or a pair of texts, unless told not to
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<cls> $A <sep>",
-        pair="<cls> $A <sep> $B:1 <sep>:1",
-        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("<cls>", "<sep>")],
-    )
-    return tokenizer
+        return train_wordpiece(texts, normalizer, alphabet, others, vocab_size)
+    if kind == "bpe":
+        return train_bpe(texts, normalizer, alphabet, vocab_size)
+    return train_unigram(texts, normalizer, alphabet, vocab_size)
 
 
 def make_normalizer(lowercase, strip_accents, ascii_only):
