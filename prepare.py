@@ -13,12 +13,14 @@ meta.json and config.json. It is made in data/<dataset>.tmp, which is renamed wh
 """
 
 import functools
+import hashlib
 import itertools
 import json
 import os
 import random
 import re
 import shutil
+import signal
 import time
 from collections import Counter
 from pathlib import Path
@@ -28,7 +30,15 @@ from tqdm import tqdm
 
 from nanocram.configurator import Stage, configure
 from nanocram.docs_corpus import TASK_CHARS, write_tasks
-from nanocram.faults import Fault, read_json, run_script, sha256_of, write_json
+from nanocram.faults import (
+    Fault,
+    lock,
+    read_json,
+    replace_file,
+    run_script,
+    sha256_of,
+    write_json,
+)
 from nanocram.rows import (
     SENTENCE_ENDS,
     deduplicate,
@@ -38,8 +48,21 @@ from nanocram.rows import (
     require_memory,
     write_training_rows,
 )
-from nanocram.sources import check_sources, expected_chars, has_docs, mix_sources
-from nanocram.spool import read_spool, require_disk, split_rows, write_spool
+from nanocram.sources import (
+    check_sources,
+    expected_chars,
+    has_docs,
+    mix_sources,
+    source_stamps,
+)
+from nanocram.spool import (
+    load_reading,
+    read_spool,
+    require_disk,
+    save_reading,
+    split_rows,
+    write_spool,
+)
 from nanocram.tokenizer import (
     Losses,
     encode_ahead,
@@ -93,6 +116,11 @@ CHARS_PER_TOKEN = 8  # more than any vocabulary reaches
 DEDUP_CHARS_PER_TOKEN = 3  # less than most vocabularies reach
 ORDER_CHARS = 10_000_000  # characters by the end of which an order must have shown its meaning
 PACK_TOKENS = 1 << 18  # tokens that are joined before they are written
+SHORT = 500  # characters of a document; those of books and articles have more
+READING_KEYS = ("sources", "txt_document", "max_chars", "seed", "val_rows", "seq_len")
+VOCABULARY_KEYS = ("tokenizer_kind", "vocab_size", "tokenizer_chars")
+VOCABULARY_KEYS += ("lowercase", "strip_accents", "ascii_only", "seed")
+DROPPED = ("without tokens", "dropped by the filter")  # documents that are read and not kept
 N_EXAMPLES = 3  # dropped documents of which the summary shows the beginning
 
 
@@ -115,18 +143,35 @@ def read_sources(path, entries, config, counts):
     expected = expected_chars(entries, config["max_chars"])
     held = write_spool(path, documents, budget, config["max_chars"], expected, counts)
 
-    # refuse a corpus of which a large part would be held out
+    # hold out at most a fifth of a small corpus
     if not held:
         problems = "".join(f"; {what}: {n:,}" for what, n in counts.items())
         raise Fault(f"the sources {config['sources']} hold no text{problems}")
-    if counts["characters"] < 5 * n_chars_of(held):
+    while len(held) > 1 and n_chars_of(held) > counts["characters"] / 5:
+        held.pop()
+    if next(read_spool(path, held[-1].hash), None) is None:
         raise Fault(
-            f"the corpus has {counts['characters']:,} characters in {counts['documents']:,} "
-            f"documents, too few to hold out val_rows = {config['val_rows']} rows of "
-            f"{config['seq_len']} tokens; lower val_rows, or add text"
+            f"the {counts['documents']:,} documents of the corpus are all one text, which is held "
+            "out for validation; add other text"
         )
-    print(f"read {counts['documents']:,} documents, {counts['characters']:,} characters")
+    warn_of_documents(config["txt_document"], counts)
     return held
+
+
+def warn_of_documents(txt_document, counts):
+    """Print a warning if the documents look as if they were cut, or decoded, in the wrong way."""
+    n = counts["documents"]
+    if counts["documents with broken UTF-8"] > n / 10:
+        print(
+            f"warning: {counts['documents with broken UTF-8']:,} documents are not in UTF-8; are "
+            "they in Latin-1? Convert them: iconv -f latin1 -t utf-8"
+        )
+    if counts["documents of .txt files"] > n / 2 and counts["characters"] < SHORT * n:
+        print(
+            f"warning: documents have {counts['characters'] // n} characters on average with "
+            f"txt_document={txt_document}; if each .txt file is one document, say "
+            "txt_document=file"
+        )
 
 
 def require_sentences(documents, ascii_only):
@@ -188,7 +233,10 @@ def sample_texts(spool, cutoff, fraction, seed):
 
 
 def write_validation(path, tokenizer, held, config):
-    """Write the first held-out documents as val_rows rows. Return how many documents it takes."""
+    """Write the first held-out documents as at most val_rows rows.
+
+    Returns (documents that it takes, rows).
+    """
     # tokenize until the rows are full
     n_needed = config["val_rows"] * config["seq_len"]
     n_marks = int(config["insert_cls"]) + int(config["insert_sep"])
@@ -206,13 +254,16 @@ def write_validation(path, tokenizer, held, config):
     # write them, and cut off what is more than val_rows
     marked = with_marks(documents, tokenizer, config["insert_cls"], config["insert_sep"])
     n_rows = pack(path, marked, config["seq_len"]) // config["seq_len"]
-    if n_rows < config["val_rows"]:
+    if not n_rows:
         raise Fault(
-            f"the held-out documents fill {n_rows} of {config['val_rows']} val_rows; "
-            "does the normaliser suit the text?"
+            "the documents that are held out do not fill one row; add text, or does the normaliser "
+            "not suit it?"
         )
+    if n_rows < config["val_rows"]:
+        print(f"warning: the corpus is small: {n_rows} rows are held out, not {config['val_rows']}")
+        return n_taken, n_rows
     os.truncate(path, 2 * n_needed)
-    return n_taken
+    return n_taken, config["val_rows"]
 
 
 def write_unordered(path, tokenizer, texts, config, counts):
@@ -226,8 +277,8 @@ def write_unordered(path, tokenizer, texts, config, counts):
     encoded = encode_ahead(tokenizer, texts)
     kept = filter_documents(encoded, config["filter_ratio"], unk, losses, counts, dropped)
     marked = with_marks(kept, tokenizer, config["insert_cls"], config["insert_sep"])
-    counts["tokens"] = pack(path, marked, config["seq_len"])
-    counts["tokens of the last, partial row"] = counts["tokens"] % config["seq_len"]
+    counts["tokens packed"] = pack(path, marked, config["seq_len"])
+    counts["tokens of the last, partial row"] = counts["tokens packed"] % config["seq_len"]
     return dropped
 
 
@@ -239,7 +290,7 @@ def filter_documents(encoded, filter_ratio, unk, losses, counts, dropped):
     dropped: a list to which the beginnings of the first few dropped documents are appended.
     """
     for text, tokens in encoded:
-        n_chars, n_letters, n_lost, n_deleted = losses.count(text)
+        n_chars, lost, n_deleted = losses.count(text)
         counts["characters that the normaliser deletes"] += n_deleted
         if not len(tokens):
             counts["documents without tokens"] += 1
@@ -247,12 +298,13 @@ def filter_documents(encoded, filter_ratio, unk, losses, counts, dropped):
 
         # many tokens per character: tables, code, other languages; few letters left: other scripts
         compresses_badly = len(tokens) > filter_ratio * n_chars
-        if filter_ratio and (compresses_badly or n_lost > n_letters / 3):
+        if filter_ratio and (compresses_badly or lost > 1 / 3):
             counts["documents dropped by the filter"] += 1
             if len(dropped) < N_EXAMPLES:
                 dropped.append(" ".join(text[:100].split()))
             continue
 
+        counts["documents kept"] += 1
         counts["unknown tokens"] += int((tokens == unk).sum())
         counts["characters kept"] += n_chars
         yield tokens
@@ -303,35 +355,45 @@ def write_full_rows(f, arrays, seq_len):
 # Steps 1 to 3: from the sources to val.bin and to `unordered`, the training rows
 
 
-def rows_from_texts(work, entries, config, counts):
-    """Turn texts into rows. Return (tokenizer, beginnings of documents that the filter dropped)."""
+def rows_from_texts(work, kept, entries, config, counts):
+    """Turn texts into rows. Return (tokenizer, beginnings of documents that the filter dropped).
+
+    kept: folder of the spool and of vocabularies, which other data sets share.
+    """
     # a given tokenizer that cannot be used is found now, not after hours of reading
     tokenizer = None
     if config["tokenizer_file"]:
         tokenizer = load_tokenizer(config["tokenizer_file"])
 
-    # read
-    spool = work / "spool"
-    held = read_sources(spool, entries, config, counts)
+    # read, or take what another data set, or a stopped run, has read
+    spool = kept / "spool"
+    if (kept / "reading.json").exists():
+        print(f"the text in {kept} is used again; remove that folder to read the sources anew")
+        held = load_reading(kept, counts)
+    else:
+        shutil.rmtree(kept, ignore_errors=True)
+        kept.mkdir(parents=True)
+        held = read_sources(spool, entries, config, counts)
+        save_reading(kept, held, counts)
+    print(f"read {counts['documents']:,} documents, {counts['characters']:,} characters")
+    require_disk(kept, os.path.getsize(spool))
 
     # vocabulary
     if tokenizer is None:
-        n_chars = counts["characters"] - n_chars_of(held)
-        tokenizer = make_tokenizer(spool, held[-1].hash, n_chars, config)
+        file = kept / f"tokenizer-{key_of(config, VOCABULARY_KEYS)}.json"
+        if not file.exists():
+            n_chars = counts["characters"] - n_chars_of(held)
+            trained = make_tokenizer(spool, held[-1].hash, n_chars, config)
+            with replace_file(file) as f:
+                f.write(trained.to_str(pretty=True).encode())
+        tokenizer = load_tokenizer(str(file))
     tokenizer.encode_special_tokens = True  # "<mask>" in a text is text
-    if (
-        config["order"] == "sentence_length"
-        and not order_table([], "sentence_length", tokenizer).any()
-    ):
-        raise Fault(
-            "order=sentence_length needs the end of a sentence (.) in the vocabulary; set another "
-            "order, or a larger vocab_size"
-        )
+    require_ends(tokenizer, config["order"])
     print(f"vocabulary: {vocab_size_of(tokenizer):,} entries")
     warn_of_unknown(tokenizer, (document.text for document in held))
 
     # validation rows, and tasks made of what they do not need
-    n_val = write_validation(work / "val.bin", tokenizer, held, config)
+    n_val, counts["validation rows"] = write_validation(work / "val.bin", tokenizer, held, config)
     reserved = held[:n_val]
     unused = held[n_val:]
     cutoff = reserved[-1].hash
@@ -345,11 +407,38 @@ def rows_from_texts(work, entries, config, counts):
         returned = [document.text for document in unused if not document.label]
 
     # training rows of all others
-    texts = itertools.chain(read_spool(spool, cutoff), returned)
+    texts = itertools.chain(read_spool(spool, cutoff, counts), returned)
     n_chars = counts["characters"] - n_chars_of(reserved)
     texts = with_progress(texts, n_chars)
     dropped = write_unordered(work / "unordered", tokenizer, texts, config, counts)
+    counts["documents held out"] -= len(returned)
+    parts = [counts[f"documents {what}"] for what in ("kept", "held out", *DROPPED)]
+    if sum(parts) != counts["documents"]:
+        raise Fault(f"{spool} has changed while it was read; remove {kept}, and start again")
     return tokenizer, dropped
+
+
+def spool_folder(stamps, config):
+    """Return the folder of a text that is kept for other data sets with the same sources.
+
+    Its name says which settings and files it was made of.
+    """
+    return Path("data/.spool") / key_of({**config, "stamps": stamps}, [*READING_KEYS, "stamps"])
+
+
+def key_of(config, names):
+    """Return a short name for the values of some keys."""
+    values = json.dumps([config[name] for name in names])
+    return hashlib.sha256(values.encode()).hexdigest()[:12]
+
+
+def require_ends(tokenizer, order):
+    """Raise Fault if an order by sentences cannot be had with this vocabulary."""
+    if order == "sentence_length" and not order_table([], order, tokenizer).any():
+        raise Fault(
+            "order=sentence_length needs the end of a sentence (.) in the vocabulary; set another "
+            "order, or a larger vocab_size"
+        )
 
 
 def with_progress(texts, n_chars):
@@ -379,6 +468,8 @@ def rows_from_ids(work, entries, config, counts):
     size = vocab_size_of(tokenizer)
     rows = mix_sources(entries, config["seed"], config["txt_document"], counts)
     split_rows(work, rows, config["seq_len"], size, config["val_rows"], counts)
+    os.remove(work / "spool")
+    counts["validation rows"] = config["val_rows"]
     return tokenizer
 
 
@@ -386,7 +477,7 @@ def rows_from_ids(work, entries, config, counts):
 # 4. Order, and a description
 
 
-def build(work, entries, config, settings):
+def build(work, kept, entries, stamps, config, settings):
     """Write the whole data set into the folder `work`.
 
     Returns (how often each token occurs, beginnings of documents that the filter dropped).
@@ -397,8 +488,7 @@ def build(work, entries, config, settings):
     if any(entry.get("column") == "input_ids" for entry in entries):
         tokenizer = rows_from_ids(work, entries, config, counts)
     else:
-        tokenizer, dropped = rows_from_texts(work, entries, config, counts)
-    os.remove(work / "spool")
+        tokenizer, dropped = rows_from_texts(work, kept, entries, config, counts)
     tokenizer.encode_special_tokens = True
     tokenizer.save(str(work / "tokenizer.json"))
 
@@ -424,6 +514,7 @@ def build(work, entries, config, settings):
         config["seed"],
     )
     os.remove(unordered)
+    counts["tokens"] = n_rows * config["seq_len"]
 
     # describe them
     meta = {
@@ -431,13 +522,14 @@ def build(work, entries, config, settings):
         "seq_len": config["seq_len"],
         "special_ids": ids,
         "train_rows": n_rows,
-        "val_rows": config["val_rows"],
+        "val_rows": counts.pop("validation rows"),
         "sha256": {
             "train": sha,
             "val": sha256_of(work / "val.bin"),
             "tokenizer": sha256_of(work / "tokenizer.json"),
         },
         "settings": settings,
+        "sources": stamps,
         "counts": {what: int(n) for what, n in counts.items() if n},
     }
     write_json(work / "config.json", config)
@@ -481,10 +573,40 @@ def is_prepared(folder, settings, defaults):
     return True
 
 
+def make(folder, kept, entries, stamps, config, settings):
+    """Make the data set aside, and rename it to `folder`. Returns what build() does."""
+    work = Path(f"{folder}.tmp")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: clean up, then end
+    try:
+        # start anew, even if a killed run has left something
+        shutil.rmtree(work, ignore_errors=True)
+        n_bytes = expected_chars(entries, config["max_chars"])
+        if not (kept / "reading.json").exists():
+            require_disk("data", 2 * n_bytes)  # the text, and its tokens twice
+        if config["dedup_tokens"]:
+            require_memory(n_bytes // DEDUP_CHARS_PER_TOKEN)
+
+        # all steps, and the final name
+        work.mkdir()
+        found = build(work, kept, entries, stamps, config, settings)
+        for path in work.rglob("*"):
+            if path.is_file():
+                with open(path, "r+b") as f:  # Windows synchronises only what may be written
+                    os.fsync(f.fileno())
+        os.replace(work, folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        if not (kept / "reading.json").exists():
+            shutil.rmtree(kept, ignore_errors=True)
+    if kept.exists():
+        size = os.path.getsize(kept / "spool")
+        print(f"{kept} ({size / 1e9:.1f} GB) keeps the text for other data sets; remove it if done")
+    return found
+
+
 def main(config):
     start = time.monotonic()
     folder = Path("data") / dataset
-    work = Path(f"{folder}.tmp")
 
     # refuse what cannot be, before anything is written
     if not re.fullmatch(r"\w[\w.-]*", dataset):
@@ -493,29 +615,19 @@ def main(config):
     entries = check_sources(sources)
     if order == "fragment" and not insert_sep:
         raise Fault("order=fragment counts the <sep> at the ends of documents; set insert_sep=True")
-    if is_prepared(folder, settings, defaults):
-        print(f"{folder} is already prepared; remove it to start anew")
-        return
 
-    try:
-        # start anew, even if a killed run has left something
-        Path("data").mkdir(exist_ok=True)
-        shutil.rmtree(work, ignore_errors=True)
-        n_chars = expected_chars(entries, max_chars)
-        require_disk("data", n_chars)
-        if dedup_tokens:
-            require_memory(n_chars // DEDUP_CHARS_PER_TOKEN)
-
-        # all steps, and the final name
-        work.mkdir()
-        token_counts, dropped = build(work, entries, config, settings)
-        for path in work.rglob("*"):
-            if path.is_file():
-                with open(path, "rb") as f:
-                    os.fsync(f.fileno())
-        os.replace(work, folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    # one process for a data set, and one for a text that several share
+    Path("data/.spool").mkdir(parents=True, exist_ok=True)
+    stamps = source_stamps(entries)
+    kept = spool_folder(stamps, config)
+    text = f"the text in {kept}"
+    with lock(f"data/.spool/{dataset}.lock", folder), lock(f"{kept}.lock", text):
+        if is_prepared(folder, settings, defaults):
+            changed = stamps != read_json(folder / "meta.json").get("sources", stamps)
+            hint = ", though its sources have changed since" if changed else ""
+            print(f"{folder} is already prepared{hint}; remove it to start anew")
+            return
+        token_counts, dropped = make(folder, kept, entries, stamps, config, settings)
 
     print_summary(folder, token_counts, dropped)
     print_rows(folder, 1)

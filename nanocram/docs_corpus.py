@@ -75,13 +75,18 @@ def package_documents():
 
     # parse them in parallel; Ctrl-C is for the parent to handle
     seen = set()
-    ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)
-    with multiprocessing.Pool(initializer=signal.signal, initargs=ignore_interrupt) as pool:
+    with multiprocessing.Pool(initializer=leave_signals) as pool:
         results = pool.imap(prose_of_file, jobs, chunksize=32)
         for name, found in tqdm(results, "docstrings", len(jobs), unit=" files", disable=None):
             new = [paragraph for paragraph in dict.fromkeys(found) if paragraph not in seen]
             seen.update(new)
             yield "\n".join(new), name
+
+
+def leave_signals():
+    """Leave Ctrl-C to the parent, and end at once if it says so."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def prose_of_file(job):

@@ -40,6 +40,11 @@ def run_script(main, kept="", out_of_memory=""):
     kept: what a person may rely on after a full disk or Ctrl-C.
     out_of_memory: what to do if the memory does not suffice.
     """
+    # a terminal may lack characters of a text
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
     name = Path(sys.argv[0]).name
     # every message ends with what a person may rely on
     kept = f"; {kept}" if kept else ""

@@ -9,6 +9,7 @@ import hashlib
 import math
 import os
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +188,8 @@ def require_memory(n_tokens):
 
 def available_memory():
     """Return the memory in bytes that this process may still use."""
+    if not hasattr(os, "sysconf"):
+        return sys.maxsize  # Windows does not say
     if not os.path.exists("/proc/meminfo"):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     report = Path("/proc/meminfo").read_text()
@@ -407,9 +410,9 @@ def print_summary(folder, token_counts, dropped=()):
     for what, n in counts.items():
         print(f"  {what}: {n:,}")
     if "characters kept" in counts:
-        print(f"  characters per token: {counts['characters kept'] / counts['tokens']:.2f}")
+        print(f"  characters per token: {counts['characters kept'] / counts['tokens packed']:.2f}")
     unknown = token_counts[meta["special_ids"]["unk"]]
-    print(f"  share of <unk>: {unknown / token_counts.sum():.4%}")
+    print(f"  fraction of <unk>: {unknown / token_counts.sum():.4%}")
     print(f"  train.bin: {meta['train_rows']:,} rows of {meta['seq_len']}", end="")
     print(f", val.bin: {meta['val_rows']:,}")
 

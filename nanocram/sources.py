@@ -9,15 +9,18 @@ import contextlib
 import csv
 import glob
 import gzip
+import hashlib
 import io
+import itertools
 import json
 import os
 import random
 import shutil
 import tempfile
+import time
 import zlib
 
-from nanocram.docs_corpus import package_documents
+from nanocram.docs_corpus import package_documents, required_packages
 from nanocram.faults import Fault, one_line
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
@@ -27,8 +30,13 @@ OWN_KEYS = ("column", "weight", "where")  # of a source, next to "files" or what
 BUFFER = 1000  # rows that a stream is shuffled through; a thousand books fit into memory
 MAX_LINE = 1 << 24  # characters of a text file to read at a time; a line may exceed the memory
 MAX_TEXT = 1_000_000  # characters of a document of a text file; a longer one is cut at a line end
+MAX_JSON = 1 << 27  # characters of a line of JSON; a longer one is left out
+MANY_LINES = 1000  # of a row of a csv file, which a stray quote may have swallowed
 MAX_FIELD = 10**8  # characters of a field of a csv file
+INPUT = 1 << 11  # bytes to decompress at a time, which may become 32,768 times as many
 GIVE_UP = 1000  # rows of one file without the column, after which it is no use to go on
+WAITS = (1, 4, 16, 64, 256)  # seconds before the hub is tried again
+MAX_FAILED = 3  # parts of a data set on the hub that fail one after the other before it is over
 TORN = (EOFError, gzip.BadGzipFile, zlib.error, csv.Error)  # errors of a truncated file
 
 
@@ -38,6 +46,11 @@ TORN = (EOFError, gzip.BadGzipFile, zlib.error, csv.Error)  # errors of a trunca
 
 def check_sources(sources):
     """Return the sources as dicts. Raise Fault for one that cannot be meant."""
+    # the command line takes a path with a comma for two
+    if all(isinstance(source, str) for source in sources):
+        path = ",".join(sources)
+        if os.path.exists(os.path.expanduser(path)):
+            sources = [path]
     return [check_source(source) for source in sources]
 
 
@@ -78,6 +91,39 @@ def check_source(source):
 def has_docs(entries):
     """Return whether "docs", the documentation of the installed packages, is one of the sources."""
     return any(entry.get("files") == "docs" for entry in entries)
+
+
+def source_stamps(entries):
+    """Return what tells whether sources have changed: their files, sizes and dates, revisions."""
+    files = []
+    size = 0
+    revisions = {}
+    for entry in entries:
+        if entry.get("files", "docs") != "docs":
+            for path in sorted(local_files(entry["files"])):
+                stat = os.stat(path)
+                files.append([path, stat.st_size, stat.st_mtime_ns])
+                size += stat.st_size
+        elif "files" in entry:
+            found = required_packages().items()
+            revisions["docs"] = {name: distribution.version for name, distribution in found}
+        else:
+            revisions[entry["path"]] = hub_revision(entry)
+    digest = hashlib.blake2b(json.dumps(files).encode(), digest_size=8).hexdigest()
+    return {"files": len(files), "bytes": size, "digest": digest, "revisions": revisions}
+
+
+def hub_revision(entry):
+    """Return the commit of a data set on the hub, or None if it cannot be had."""
+    if "data_files" in entry:
+        return None
+    from huggingface_hub import HfApi
+
+    try:
+        info = HfApi().dataset_info(entry["path"], revision=entry.get("revision"), timeout=10)
+    except Exception:  # no network, no such data set: reading it will say more
+        return None
+    return info.sha
 
 
 def expected_chars(entries, max_chars):
@@ -150,10 +196,11 @@ def read_documents(entry, seed, txt_document, counts):
     where = entry.get("where", {})
     name = entry.get("files", entry.get("path"))
     if "files" in entry:
-        rows = local_rows(name, seed, txt_document, counts)
+        columns = {column, *(key.partition(".")[0] for key in where)}
+        rows = local_rows(name, columns, seed, txt_document, counts)
         is_one_file = os.path.isfile(os.path.expanduser(name))
     else:
-        rows = hub_rows({k: v for k, v in entry.items() if k not in OWN_KEYS}, seed)
+        rows = hub_rows({k: v for k, v in entry.items() if k not in OWN_KEYS}, seed, counts)
         is_one_file = True
 
     # read it
@@ -174,14 +221,20 @@ def read_documents(entry, seed, txt_document, counts):
         # the row counts if its other columns have allowed values
         has_column = True
         if all(nested(row, key) in allowed for key, allowed in where.items()):
-            yield row[column], ""
+            yield as_text(row[column]), ""
         else:
             counts["rows that `where` leaves out"] += 1
 
     # not one row had the column, so it is the name of the column that is wrong
     if other_columns and not has_column:
-        columns = ", ".join(map(str, other_columns))
-        raise Fault(f"{name} has no column {column!r}; its columns: {columns}")
+        columns = ", ".join(" ".join(str(name).split())[:30] for name in other_columns[:9])
+        hint = " (a csv file needs a header)" if ".csv" in name else ""
+        raise Fault(f"{name} has no column {column!r}; its columns: {columns}{hint}")
+
+
+def as_text(value):
+    """Return a value of a column. Parquet without the mark of UTF-8 has texts as bytes."""
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
 
 def nested(row, name):
@@ -191,34 +244,101 @@ def nested(row, name):
     return row
 
 
-def hub_rows(entry, seed):
-    """Yield the rows of a data set on the hub, streamed and shuffled through a buffer."""
+def hub_rows(entry, seed, counts):
+    """Yield the rows of a data set on the hub, streamed and shuffled through a buffer.
+
+    A part (a file on the hub) that fails is left out from there on, counted and named.
+    """
     import datasets
 
-    arguments = {"split": "train", **entry}
+    # open it
+    name = entry.get("data_files", entry.get("path"))
     try:
-        stream = datasets.load_dataset(**arguments, streaming=True)
-        yield from stream.shuffle(seed=seed, buffer_size=BUFFER)
+        stream = datasets.load_dataset(**{"split": "train", **entry}, streaming=True)
+        parts = list(range(stream.num_shards))
     except Exception as e:
-        name = entry.get("data_files", entry.get("path"))
         hint = ""
         if "data_files" not in entry:
             hint = "; is the hub reachable, is the name right, is it gated (`hf auth login`)?"
         raise Fault(f"cannot read {name}: {one_line(e)}{hint}") from e
+
+    def rows():
+        n_failed = 0  # parts that failed one after the other
+        random.Random(seed).shuffle(parts)
+        for part in parts:
+            try:
+                yield from rows_of_part(stream.shard(num_shards=len(parts), index=part))
+                n_failed = 0
+            except Exception as e:
+                n_failed += 1
+                counts["damaged parts"] += 1
+                print(f"warning: part {part} of {len(parts)} of {name} ends early: {one_line(e)}")
+                if n_failed == min(MAX_FAILED, len(parts)):
+                    raise Fault(f"cannot read {name}: {one_line(e)}") from e
+
+    yield from shuffled(rows(), seed)
+
+
+def rows_of_part(stream):
+    """Yield the rows of a stream, and go on from its state after errors of the network."""
+    waits = iter(WAITS)
+    while True:
+        try:
+            for row in stream:
+                yield row
+                waits = iter(WAITS)
+            return
+        except OSError as e:
+            wait = next(waits, None)
+            if wait is None:
+                raise
+            print(f"warning: {one_line(e)}; trying again in {wait} s")
+            time.sleep(wait)
+            stream.load_state_dict(stream.state_dict())
+
+
+def shuffled(rows, seed):
+    """Yield rows in another order: each stays in a buffer for a random time."""
+    rng = random.Random(seed)
+    buffer = []
+    for row in rows:
+        if len(buffer) < BUFFER:
+            buffer.append(row)
+            continue
+        i = rng.randrange(BUFFER)
+        yield buffer[i]
+        buffer[i] = row
+    rng.shuffle(buffer)
+    yield from buffer
 
 
 # --------------------------------------------------------------------------------------------------
 # Local files
 
 
-def local_rows(source, seed, txt_document, counts):
-    """Yield the rows of the files of a path or glob, each a dict. A text file has rows of text."""
+def local_rows(source, columns, seed, txt_document, counts):
+    """Yield the rows of the files of a path or glob, each a dict. A text file has rows of text.
+
+    columns: names of the columns that are needed.
+    """
+    # say what is left out of a folder
+    folder = os.path.expanduser(source)
+    others = []
+    if os.path.isdir(folder):
+        others = [path for path in files_below(folder) if not path.endswith(KNOWN)]
+    if others:
+        counts["files left out for their suffix"] += len(others)
+        print(f"warning: {len(others):,} files of {source} have an unknown suffix: {others[0]!r}")
+
     for path in local_files(source, seed):
         try:
-            yield from rows_of_file(path, txt_document, counts)
+            yield from rows_of_file(path, columns, txt_document, counts)
         except TORN:
             counts["truncated files"] += 1
             print(f"warning: {path} is truncated or damaged; what could be read of it is used")
+        except OSError as e:
+            counts["files that cannot be read"] += 1
+            print(f"warning: {path} cannot be read to its end: {one_line(e)}")
 
 
 def local_files(source, seed=0):
@@ -226,7 +346,7 @@ def local_files(source, seed=0):
     # find them
     source = os.path.expanduser(source)
     if os.path.isdir(source):
-        files = files_below(source)
+        files = [path for path in files_below(source) if path.endswith(KNOWN)]
     else:
         found = [source] if os.path.isfile(source) else sorted(glob.glob(source, recursive=True))
         # each file once, though ** may follow a link in a circle
@@ -248,7 +368,7 @@ def local_files(source, seed=0):
 
 
 def files_below(folder):
-    """Return the files of known kinds in a folder and its subfolders."""
+    """Return the files in a folder and its subfolders."""
     files = []
     seen = set()
     for inner, subfolders, names in os.walk(folder, onerror=refuse_folder, followlinks=True):
@@ -258,7 +378,7 @@ def files_below(folder):
             continue
         seen.add(os.path.realpath(inner))
 
-        paths = [os.path.join(inner, name) for name in names if name.endswith(KNOWN)]
+        paths = [os.path.join(inner, name) for name in names]
         files += [path for path in paths if os.path.isfile(path)]
     return files
 
@@ -267,23 +387,49 @@ def refuse_folder(error):
     raise Fault(f"{error.filename} cannot be read: {error.strerror}")
 
 
-def rows_of_file(path, txt_document, counts):
+def rows_of_file(path, columns, txt_document, counts):
     """Yield the rows of one file, each a dict. Raise one of TORN after the rows of a torn file."""
     plain = path.removesuffix(".gz").removesuffix(".zst")
     if plain.endswith(".parquet"):
-        yield from parquet_rows(path, is_compressed=plain != path)
+        yield from parquet_rows(path, columns, plain != path, counts)
         return
 
     # a byte-order mark is dropped, broken UTF-8 is replaced, and csv needs line ends as they are
-    as_text = {"encoding": "utf-8-sig", "errors": "replace", "newline": ""}
-    with io.TextIOWrapper(open_bytes(path), **as_text) as f:
+    raw = open_bytes(path)
+    encoding = "utf-8-sig"
+    if raw.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        encoding = "utf-16"
+        print(f"{path} is in UTF-16")
+    with io.TextIOWrapper(raw, encoding, errors="replace", newline="") as f:
         if plain.endswith(".csv"):
-            csv.field_size_limit(MAX_FIELD)
-            yield from csv.DictReader(line.replace("\0", "") for line in f)
+            yield from csv_rows(f, path, counts)
         elif plain.endswith(".txt"):
-            yield from txt_documents(f, txt_document)
+            for row in txt_documents(f, txt_document):
+                counts["documents of .txt files"] += 1
+                yield row
         else:
-            yield from json_lines(f, counts)
+            yield from json_rows(f, plain.endswith(".json"), counts)
+
+
+def csv_rows(lines, path, counts):
+    """Yield the rows of a csv file with a header. Say which of them has an odd number of lines."""
+    csv.field_size_limit(MAX_FIELD)
+    reader = csv.DictReader(line.replace("\0", "") for line in iter(bounded(lines), ""))
+    before = 0
+    for row in reader:
+        if reader.line_num - before > MANY_LINES:
+            counts["csv rows of more than 1,000 lines"] += 1
+            print(
+                f"warning: a row of {path} begins in line {before + 1} and has "
+                f"{reader.line_num - before:,} lines; is a quote missing?"
+            )
+        before = reader.line_num
+        yield row
+
+
+def bounded(lines):
+    """Return a function that reads the next line of a file, or so much of it as memory holds."""
+    return lambda: lines.readline(MAX_JSON)
 
 
 def txt_documents(lines, txt_document):
@@ -323,10 +469,25 @@ def txt_documents(lines, txt_document):
         raise tear
 
 
-def json_lines(lines, counts):
-    """Yield the value of each line that is JSON, and count the others."""
-    for line in lines:
-        if line.isspace():
+def json_rows(lines, may_be_array, counts):
+    """Yield the value of each line that is JSON, or the elements of one array."""
+    # an array is read as a whole
+    first = lines.readline(MAX_JSON)
+    if may_be_array and first.lstrip().startswith("["):
+        try:
+            yield from json.loads(first + lines.read())
+        except (ValueError, RecursionError):
+            counts["files that are not JSON"] += 1
+        return
+
+    is_inside = False  # of a line that is too long
+    for line in itertools.chain([first], iter(bounded(lines), "")):
+        is_whole = line.endswith("\n") or len(line) < MAX_JSON
+        if is_inside or not is_whole:
+            counts["rows that are too long"] += not is_inside
+            is_inside = not is_whole
+            continue
+        if not line.strip():
             continue
         try:
             yield json.loads(line)
@@ -334,21 +495,40 @@ def json_lines(lines, counts):
             counts["rows that are not JSON"] += 1
 
 
-def parquet_rows(path, is_compressed):
-    """Yield the rows of a parquet file, which is decompressed first if it is a .gz or .zst."""
+def parquet_rows(path, columns, is_compressed, counts):
+    """Yield the rows of a parquet file, which is decompressed first if it is a .gz or .zst.
+
+    Only the columns that are needed are read. A damaged part is left out, counted and named.
+    """
+    import pyarrow
     import pyarrow.parquet
 
     with contextlib.ExitStack() as stack:
+        whole = stack.enter_context(open(path, "rb"))
         if is_compressed:
-            whole = stack.enter_context(tempfile.NamedTemporaryFile(suffix=".parquet"))
+            whole = stack.enter_context(tempfile.TemporaryFile())
             shutil.copyfileobj(open_bytes(path), whole)
-            whole.flush()
-            path = whole.name
         try:
-            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
-                yield from batch.to_pylist()
-        except pyarrow.ArrowInvalid as e:
+            file = pyarrow.parquet.ParquetFile(whole)
+        except (pyarrow.ArrowException, OSError) as e:
             raise EOFError from e
+
+        # without the columns, the names of the others say what the file has
+        names = file.schema_arrow.names
+        if not columns & set(names):
+            yield from [dict.fromkeys(names)] * file.metadata.num_rows
+            return
+
+        for group in range(file.num_row_groups):
+            n_left = file.metadata.row_group(group).num_rows
+            try:
+                needed = sorted(columns & set(names))
+                for batch in file.iter_batches(1000, [group], needed):
+                    yield from batch.to_pylist()
+                    n_left -= len(batch)
+            except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as e:
+                counts["rows in damaged parts"] += n_left
+                print(f"warning: {n_left:,} rows of {path} are left out: {one_line(e)}")
 
 
 def open_bytes(path):
@@ -385,7 +565,7 @@ class ZstandardFile(io.RawIOBase):
 
         # decompress until there is something to hand out
         while not self.output:
-            data = self.rest or self.file.read(1 << 16)
+            data = self.rest or self.file.read(INPUT)
             in_frame = self.frame is not None and not self.frame.eof
             if not data and in_frame:
                 raise EOFError

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from nanocram.faults import Fault
+from nanocram.faults import Fault, read_json, write_json
 
 BLOCK = 1 << 24  # bytes of the spool that are read at a time
 MAX_DOCUMENT = 20_000  # characters; a longer text is cut into several documents
@@ -46,13 +46,8 @@ def cut_text(text, size):
     yield text[start:]
 
 
-def require_disk(folder, n_chars):
-    """Raise Fault if the disk has too little space to prepare a text.
-
-    The text and its tokens are there at the same time, and a small vocabulary makes the tokens as
-    large as the text; later the tokens are there twice.
-    """
-    need = 2 * n_chars
+def require_disk(folder, need):
+    """Raise Fault if the disk has less than `need` bytes."""
     free = shutil.disk_usage(folder).free
     if need > free:
         raise Fault(
@@ -189,8 +184,11 @@ def write_spool(path, documents, budget, max_chars, expected_chars, counts):
     return held.sorted()
 
 
-def read_spool(path, cutoff):
-    """Yield the texts of a spool whose hash is above `cutoff`, which those held out are not."""
+def read_spool(path, cutoff, counts=None):
+    """Yield the texts of a spool whose hash is above `cutoff`, which those held out are not.
+
+    counts: where the others are counted, if given.
+    """
     rest = b""  # the beginning of a document that the next block continues
     with open(path, "rb") as f:
         while block := f.read(BLOCK):
@@ -198,6 +196,21 @@ def read_spool(path, cutoff):
             for document in documents:
                 if int(document[:HASH_DIGITS], 16) > cutoff:
                     yield document[HASH_DIGITS:].decode()
+                elif counts is not None:
+                    counts["documents held out"] += 1
+
+
+def save_reading(folder, held, counts):
+    """Write what is known of a complete spool next to it. A spool without this is incomplete."""
+    held = [[document.hash, document.text, document.label] for document in held]
+    write_json(folder / "reading.json", {"held": held, "counts": counts})
+
+
+def load_reading(folder, counts):
+    """Return the held-out documents of a complete spool, and add to the counts."""
+    reading = read_json(folder / "reading.json")
+    counts.update(reading["counts"])
+    return [Held(h, text.encode(), label) for h, text, label in reading["held"]]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -33,8 +33,8 @@ TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.txt"]  # of
 NON_ASCII = r"[^\x00-\x7F]+"
 WIDE_SPACE = r"[^\S\x00-\x7F]|\x{200B}"  # no-break, ideographic and other spaces of Unicode
 INVISIBLE = r"[\x{AD}\x{2060}\x{FEFF}]+"  # soft hyphen, word joiner, byte-order mark
+MANY_SPACES = re.compile(" {2,}")
 MAX_WORD = 100  # characters of a word that are tokenized together; the time grows with the square
-HAS_LONG_WORD = re.compile(rf"\S{{{MAX_WORD + 1}}}").search
 MAX_IDS = 65536  # what fits into uint16
 BATCH_CHARS = 1 << 20  # characters of documents that are tokenized together
 PIECE_CHARS = 2000  # characters of a document that are tokenized at a time; the time grows with it
@@ -198,31 +198,20 @@ def train_tokenizer(sample, kind, vocab_size, lowercase, strip_accents, ascii_on
     kind: wordpiece as in the paper, bpe or unigram.
     """
     normalizer = make_normalizer(lowercase, strip_accents, ascii_only)
-
-    # The commonest characters are entries of their own, at most half of the vocabulary. Texts with
-    # others (Wikipedia has thousands) are trained on with a space in their place.
-    counts = count_characters(composed(sample(), strip_accents))
-    characters = by_frequency(counts, normalizer)
-    alphabet, others = divide(characters, vocab_size // 2, kind)
-    rare = rare_characters(counts, normalizer, alphabet)
-    texts = composed(sample(), strip_accents)
-    if rare:
-        texts = (text.translate(rare) for text in texts)
-
-    if kind == "wordpiece":
-        tokenizer = train_wordpiece(texts, normalizer, alphabet, others, vocab_size)
-    elif kind == "bpe":
-        tokenizer = train_bpe(texts, normalizer, alphabet, vocab_size)
-    else:
-        tokenizer = train_unigram(texts, normalizer, alphabet, vocab_size)
-
-    # a small corpus has too few different words
+    tokenizer = train_up_to(vocab_size, sample, kind, normalizer, strip_accents)
     size = tokenizer.get_vocab_size()
+
+    # A small corpus has too few different words. A smaller vocabulary has fewer characters, and may
+    # then fall short again, so look for a size that can be reached.
     if size != vocab_size:
+        works = vocab_size
+        while size < works:
+            works = size
+            size = train_up_to(works, sample, kind, normalizer, strip_accents).get_vocab_size()
         hint = "; ascii_only=True drops all other scripts" if ascii_only else ""
         raise Fault(
-            f"the corpus is too small for vocab_size = {vocab_size}: it gives {size} entries; "
-            f"set vocab_size to {size} or less, or add text{hint}"
+            f"the corpus is too small for vocab_size = {vocab_size}; set vocab_size to {works}, "
+            f"or add text{hint}"
         )
 
     # what encode() puts around a text, or a pair of texts, unless told not to
@@ -234,14 +223,35 @@ def train_tokenizer(sample, kind, vocab_size, lowercase, strip_accents, ascii_on
     return tokenizer
 
 
+def train_up_to(vocab_size, sample, kind, normalizer, strip_accents):
+    """Train a tokenizer of at most vocab_size entries; a small corpus gives fewer."""
+    # The commonest characters are entries of their own, at most half of the vocabulary. Texts with
+    # others (Wikipedia has thousands) are trained on with a space in their place.
+    counts = count_characters(composed(sample(), strip_accents))
+    characters = by_frequency(counts, normalizer)
+    alphabet, others = divide(characters, vocab_size // 2, kind)
+    rare = rare_characters(counts, normalizer, alphabet)
+    texts = composed(sample(), strip_accents)
+    if rare:
+        texts = (text.translate(rare) for text in texts)
+
+    if kind == "wordpiece":
+        return train_wordpiece(texts, normalizer, alphabet, others, vocab_size)
+    if kind == "bpe":
+        return train_bpe(texts, normalizer, alphabet, vocab_size)
+    return train_unigram(texts, normalizer, alphabet, vocab_size)
+
+
 def make_normalizer(lowercase, strip_accents, ascii_only):
     """Return the normaliser: plain quotes and spaces, Unicode form, then what is asked for."""
     steps = [
         normalizers.Replace("``", '"'),
         normalizers.Replace("''", '"'),
-        normalizers.Replace(Regex(WIDE_SPACE), " "),
-        normalizers.Replace(Regex(INVISIBLE), ""),
     ]
+    if ascii_only:
+        steps.append(normalizers.Replace(Regex(WIDE_SPACE), " "))
+    else:
+        steps.append(normalizers.Replace(Regex(INVISIBLE), ""))
 
     # NFD splits é into e and an accent, which can then be stripped
     if strip_accents:
@@ -356,11 +366,11 @@ def word_splitter(inside):
     a rare one costs one <unk> and not the word or, without spaces, the clause around it. A word of
     more than MAX_WORD characters is cut.
     """
-    known = "".join(c for c in inside if not c.isascii())
-    cut = Regex(rf"[^\x00-\x7F{known}]|.{{{MAX_WORD}}}")
-    return pre_tokenizers.Sequence(
-        [pre_tokenizers.Whitespace(), pre_tokenizers.Split(cut, "isolated")]
-    )
+    known = r"\x00-\x7F" + "".join(c for c in inside if not c.isascii())
+    alone = rf"[^{known}\s\x{{200B}}]"
+    word = rf"[\w&&[{known}]]{{1,{MAX_WORD}}}"
+    signs = rf"[[^\w\s]&&[{known}]]{{1,{MAX_WORD}}}"
+    return pre_tokenizers.Split(Regex(f"{alone}|{word}|{signs}"), "removed", invert=True)
 
 
 def train_bpe(texts, normalizer, alphabet, vocab_size):
@@ -457,7 +467,7 @@ def encode(tokenizer, for_ascii, piece, texts):
 
     # encode the pieces in ASCII with the faster tokenizer
     encodings = [None] * len(pieces)
-    is_plain = [part.isascii() and not HAS_LONG_WORD(part) for part in pieces]
+    is_plain = [part.isascii() and not has_long_word(part) for part in pieces]
     for encoder, takes_plain in ((for_ascii, True), (tokenizer, False)):
         chosen = [k for k in range(len(pieces)) if is_plain[k] == takes_plain]
         found = encoder.encode_batch_fast([pieces[k] for k in chosen], add_special_tokens=False)
@@ -469,6 +479,10 @@ def encode(tokenizer, for_ascii, piece, texts):
     for i, encoding in zip(owners, encodings):
         ids[i].append(np.array(encoding.ids, np.uint16))
     return [np.concatenate(arrays) for arrays in ids]
+
+
+def has_long_word(text):
+    return max(map(len, text.split()), default=0) > MAX_WORD
 
 
 def ascii_tokenizer(tokenizer):
@@ -487,26 +501,27 @@ def ascii_tokenizer(tokenizer):
             idle.append({"type": "Replace", "pattern": {"Regex": pattern}, "content": content})
         steps[:] = [step for step in steps if step not in idle]
 
-        # the cut of word_splitter
-        splits = (spec["pre_tokenizer"] or {}).get("pretokenizers", [])
-        splits[:] = [split for split in splits if not cuts_only_long_words(split)]
+        # word_splitter, without long words
+        if is_word_splitter(spec["pre_tokenizer"]):
+            spec["pre_tokenizer"] = {"type": "Whitespace"}
 
     plain = Tokenizer.from_str(json.dumps(spec))
     plain.encode_special_tokens = tokenizer.encode_special_tokens
     return plain
 
 
-def cuts_only_long_words(split):
-    """Return whether a part of a pre-tokenizer is the cut of word_splitter."""
-    pattern = split.get("pattern", {}).get("Regex", "")
-    return pattern.startswith(r"[^\x00-\x7F") and pattern.endswith(f"]|.{{{MAX_WORD}}}")
+def is_word_splitter(spec):
+    """Return whether a pre-tokenizer, as tokenizer.json has it, is that of word_splitter."""
+    pattern = (spec or {}).get("pattern", {}).get("Regex", "")
+    return pattern.startswith(r"[^\x00-\x7F") and pattern.endswith(f"]]{{1,{MAX_WORD}}}")
 
 
 def splits_at_spaces(tokenizer):
     """Return whether white space ends every token, so that a text may be cut there."""
     spec = json.loads(tokenizer.to_str())["pre_tokenizer"] or {"type": None}
     first = spec.get("pretokenizers", [spec])[0]
-    return first["type"] in ("Whitespace", "WhitespaceSplit", "BertPreTokenizer")
+    kinds = ("Whitespace", "WhitespaceSplit", "BertPreTokenizer")
+    return first["type"] in kinds or is_word_splitter(first)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -526,7 +541,10 @@ class Losses:
         self.is_deleted = np.zeros(size, bool)  # whether it becomes nothing
 
     def count(self, text):
-        """Return (characters after normalisation, letters, letters lost, characters deleted)."""
+        """Return (characters after normalisation, fraction of letters lost, characters deleted)."""
+        if text.isascii():
+            return len(MANY_SPACES.sub(" ", text)), 0.0, 0
+
         codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
         for code in np.unique(codes[~self.is_known[codes]]):
             self.look_up(chr(code))
@@ -534,8 +552,9 @@ class Losses:
         # a run of spaces becomes one
         is_space = codes == ord(" ")
         n_written = int(self.n_written[codes].sum()) - int((is_space[1:] & is_space[:-1]).sum())
-        tables = (self.is_letter, self.is_lost, self.is_deleted)
-        return n_written, *(int(table[codes].sum()) for table in tables)
+        n_letters = max(int(self.is_letter[codes].sum()), 1)
+        n_lost = int(self.is_lost[codes].sum())
+        return n_written, n_lost / n_letters, int(self.is_deleted[codes].sum())
 
     def look_up(self, character):
         """Fill the tables for a character, by what becomes of it between two letters."""

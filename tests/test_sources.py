@@ -13,6 +13,7 @@ from conftest import TINY, sentences
 from test_prepare import bins
 
 from nanocram import sources
+from nanocram.faults import Fault
 
 
 def documents_of(path, kind):
@@ -194,3 +195,140 @@ def test_one_long_line_is_cut_and_max_chars_stops(run):
     message, _ = run("prepare.py", *TINY, "--dataset=b", "--max_chars=50_000")
     assert message is None, message
     assert 50_000 <= bins("b")[2]["counts"]["characters"] < 52_000
+
+
+def texts_of(source, counts, **keys):
+    entry = {"files": source, **keys}
+    return [text for text, _ in sources.read_documents(entry, 0, "blank_line", counts)]
+
+
+def test_parquet_as_it_is_found(tmp_path, capsys):
+    """Bytes are text, other columns are not read, and a damaged page costs only its part."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    documents = sentences(4000)
+    dates = pyarrow.array([0] * 3999 + [300_000_000_000], pyarrow.timestamp("s"))  # no datetime
+    table = {"text": [d.encode() for d in documents], "date": dates}
+    parquet.write_table(
+        pyarrow.table(table), tmp_path / "a.parquet", row_group_size=1000, use_dictionary=False
+    )
+    counts = Counter()
+    assert texts_of(str(tmp_path / "a.parquet"), counts) == documents and not counts
+    data = bytearray((tmp_path / "a.parquet").read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 4000] = b"\xff" * 4000
+    (tmp_path / "b.parquet").write_bytes(data)
+    found = texts_of(str(tmp_path / "b.parquet"), counts)
+    assert 2000 <= len(found) < 4000 and set(found) < set(documents)
+    assert counts["rows in damaged parts"] == 4000 - len(found)
+    assert "b.parquet are left out" in capsys.readouterr().out
+
+
+def test_json_arrays_utf_16_and_files_without_a_suffix(tmp_path, capsys):
+    documents = sentences(30)
+    rows = [{"text": d} for d in documents]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "b.json").write_text(json.dumps(rows, indent=2))
+    (tmp_path / "c.json").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "d.txt").write_bytes("\n\n".join(documents).encode("utf-16"))
+    (tmp_path / "wiki_00").write_text("bal")
+    counts = Counter()
+    found = Counter(text.strip() for text in texts_of(str(tmp_path), counts))
+    assert found == Counter(documents * 4)
+    assert counts == {"files left out for their suffix": 1}
+    output = capsys.readouterr().out
+    assert "wiki_00" in output and "d.txt is in UTF-16" in output
+
+
+def test_csv_without_a_header_and_with_a_stray_quote(tmp_path, capsys):
+    documents = sentences(400)
+    with open(tmp_path / "a.csv", "w", newline="") as f:
+        csv.writer(f).writerows(enumerate(documents))
+    with pytest.raises(Fault) as fault:
+        texts_of(str(tmp_path / "a.csv"), Counter())
+    message = str(fault.value)
+    assert len(message) < 300 and "\n" not in message and "needs a header" in message
+    lines = ["text,n", *(f"{' '.join(d.split())},1" for d in documents * 6)]
+    lines[100] = '"' + lines[100]
+    (tmp_path / "b.csv").write_text("\n".join(lines))
+    counts = Counter()
+    assert len(texts_of(str(tmp_path / "b.csv"), counts)) == 100
+    assert counts["csv rows of more than 1,000 lines"] == 1
+    assert "b.csv begins in line 101" in capsys.readouterr().out
+
+
+def test_lines_of_json_that_exceed_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_JSON", 500)
+    lines = [json.dumps({"text": text}) for text in ("bal", "x" * 5000, "dem", "y" * 487, "gol")]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    counts = Counter()
+    assert texts_of(str(tmp_path / "a.jsonl"), counts) == ["bal", "dem", "y" * 487, "gol"]
+    assert counts == {"rows that are too long": 1}
+
+
+def test_a_bomb_of_zst_is_read_in_small_parts(tmp_path):
+    import zstandard
+
+    (tmp_path / "a.txt.zst").write_bytes(zstandard.compress(b"a" * 300_000_000))
+    with sources.open_bytes(str(tmp_path / "a.txt.zst")) as f:
+        f.read(1)
+        assert len(f.raw.output) <= sources.INPUT // 4 * 131_072
+
+
+class Stream:
+    """Rows of a data set in parts, with the faults of a bad day."""
+
+    def __init__(self, parts, faults=None, at=0):
+        self.parts, self.faults, self.at = parts, faults or {}, at
+        self.num_shards = len(parts)
+
+    def shard(self, num_shards, index):
+        assert num_shards == self.num_shards
+        return Stream([self.parts[index]], self.faults)
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+    def __iter__(self):
+        (rows,) = self.parts
+        for row in rows[self.at :]:
+            if self.faults.get(row):
+                raise self.faults[row].pop() if len(self.faults[row]) > 1 else self.faults[row][0]
+            self.at += 1
+            yield {"text": row}
+
+
+def hub_texts(monkeypatch, stream):
+    import datasets
+
+    waited, counts = [], Counter()
+    monkeypatch.setattr(datasets, "load_dataset", lambda **keys: stream)
+    monkeypatch.setattr(sources.time, "sleep", waited.append)
+    rows = sources.read_documents({"path": "a/b"}, 0, "line", counts)
+    return [text for text, _ in rows], waited, counts
+
+
+def test_the_hub_is_asked_again_and_bad_parts_are_skipped(monkeypatch, capsys):
+    parts = [[f"{p}-{i}" for i in range(3000)] for p in range(4)]
+    every = {row for part in parts for row in part}
+    # three errors of the network, and then it works; a list that is used up is no fault
+    once = Stream(parts, {"1-1700": [ConnectionError("gone"), TimeoutError("slow")]})
+    once.faults["1-1700"] = Used([ConnectionError("gone"), TimeoutError("slow")])
+    found, waited, counts = hub_texts(monkeypatch, once)
+    assert len(found) == 12_000 and set(found) == every and waited == [1, 4] and not counts
+    assert found[:3000] != sorted(found[:3000])
+    bad = Stream(parts, {"2-100": [ValueError("a bad page")]})
+    found, waited, counts = hub_texts(monkeypatch, bad)
+    assert len(found) == 9100 and not waited and counts == {"damaged parts": 1}
+    assert "part 2 of 4 of a/b ends early: ValueError: a bad page" in capsys.readouterr().out
+    gone = Stream(parts, {f"{p}-0": [ConnectionError("gone")] for p in range(4)})
+    with pytest.raises(Fault, match="cannot read a/b: ConnectionError: gone"):
+        hub_texts(monkeypatch, gone)
+
+
+class Used(list):
+    """Faults that happen once each."""
+
+    def __len__(self):
+        return 2 if list.__len__(self) else 0

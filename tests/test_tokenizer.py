@@ -272,10 +272,10 @@ def test_losses_are_those_of_the_normaliser(text, to_ascii):
     text = unicodedata.normalize("NFC", text)
     tokenizer = Tokenizer(models.WordLevel({}, ""))
     tokenizer.normalizer = make_normalizer(True, to_ascii, to_ascii)
-    n_written, n_letters, n_lost, n_deleted = Losses(tokenizer).count(text)
+    n_written, lost, n_deleted = Losses(tokenizer).count(text)
     normal = tokenizer.normalizer.normalize_str(text)
     letters = sum(map(str.isalpha, text))
-    assert n_letters == letters and letters - n_lost == sum(map(str.isalpha, normal))
+    assert letters * (1 - lost) == pytest.approx(sum(map(str.isalpha, normal)))
     assert n_written >= len(normal) and n_written - len(normal) <= text.count(" ")
     kept = sum(bool(tokenizer.normalizer.normalize_str(f"x{c}x") != "xx") for c in text)
     assert len(text) - n_deleted == kept
