@@ -52,8 +52,11 @@ FIRST_SEED = 1337
 WORK = ["seq_len", "mask_rate", "mask_80_10_10", "optimizer", "dtype", "device", "compile"]
 # columns of the table of which no difference is shown
 ABOUT = {"layers", "width", "passed at", "M tokens", "epochs", "speed", "k tokens/s"}
+# the loss, and that at words that are visible nowhere else in the row, and at the others
+LOSSES = ["val_loss", "val_loss_new", "val_loss_seen"]
 # digits after the point in the table's columns; elsewhere 1
-DIGITS = {"layers": 0, "width": 0, "val_loss": 3, "passed at": 2, "epochs": 2, "speed": 2}
+DIGITS = {"layers": 0, "width": 0, "passed at": 2, "epochs": 2, "speed": 2}
+DIGITS |= dict.fromkeys(LOSSES, 3)
 NOT_IN_MEAN = {"wnli", "ax"}  # GLUE's average leaves them out, too
 SAME_COMMAND = "the same command continues"
 
@@ -373,7 +376,10 @@ def read_run(folder, speed, reference):
     last = evaluations[-1]
 
     # columns in the order of the table
-    row = {"layers": config["n_layer"], "width": config["n_embd"], "val_loss": last["val_loss"]}
+    row = {"layers": config["n_layer"], "width": config["n_embd"]}
+    for kind in LOSSES:
+        if last.get(kind) is not None:  # logs from before two of them have one
+            row[kind] = last[kind]
     if reference and files == reference.files:
         curve = [(entry["time_fraction"], entry["val_loss"]) for entry in evaluations]
         row["passed at"] = first_crossing(curve, reference.loss)
@@ -490,7 +496,7 @@ def main_table(entries, columns, failed):
             values = [row[column] for row in entry.rows.values() if column in row]
             # brackets for a loss on other data than the first entry's
             text = mean_and_deviation(values, DIGITS.get(column, 1))
-            if column == "val_loss" and entry.rows and not entry.is_comparable:
+            if column in LOSSES and values and not entry.is_comparable:
                 text = f"({text})"
             cells.append(text)
         rows.append([name, n, *cells])
@@ -541,7 +547,7 @@ def difference_table(entries, columns):
                     pairs.append((own_row[column], reference_row[column]))
             # an interval takes two seeds or more; a seed that was not scored hides the column
             is_complete = len(pairs) == len(seeds) > 1
-            if is_complete and (entry.is_comparable or column != "val_loss"):
+            if is_complete and (entry.is_comparable or column not in LOSSES):
                 cells.append(difference(pairs, DIGITS.get(column, 1)))
             else:
                 cells.append("")
