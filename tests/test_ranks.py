@@ -85,7 +85,7 @@ def test_two_and_three_processes_give_the_curve_of_one(run, tiny_data, home):
         command = [*TORCHRUN, *where, f"--nproc_per_node={n}", str(ROOT / "train.py"), *args]
         three.append(popen([*command, "--out_dir=out/three"]))
     for process in [*two, *three]:
-        errors = process.communicate(timeout=300)[1]
+        errors = process.communicate(timeout=600)[1]
         assert process.returncode == 0, errors
 
     one = curve("one")
@@ -151,7 +151,7 @@ def test_torchrun_restarts_a_job_that_then_ends_as_if_nothing_had_happened(run, 
         time.sleep(0.005)
     children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
-    output, errors = job.communicate(timeout=300)
+    output, errors = job.communicate(timeout=600)
     assert job.returncode == 0, errors
     assert "continuing out/tiny at step" in output
 
