@@ -287,14 +287,14 @@ class Checkpoint:
             return Result()
         try:
             saved = torch.load(self.path, map_location="cpu", weights_only=True)
+            result = Result(**saved["result"])
             if saved["origin"] != self.origin:
                 return Result()
-            for name, part in parts.items():
-                part.load_state_dict(saved[name])
         except Exception as e:  # torch raises nothing more special
             print(f"warning: {self.path} cannot be read: {one_line(e)}; the seed begins anew")
             return Result()
-        result = Result(**saved["result"])
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
         tqdm.write(f"{self.path}: continuing after {result.n_epochs} epochs")
         return result
 

@@ -67,9 +67,8 @@ def load_own(entry, metrics, taken):
         if in_one_form(row.label) not in in_train:
             raise Fault(f"{row.place}: the label {row.label!r} is never in {entry['train']}")
         if in_one_form(row.label) not in forms:
-            raise Fault(
-                f"{row.place}: the label {row.label!r} is none of {', '.join(labels)[:200]}"
-            )
+            known = ", ".join(labels)[:200]
+            raise Fault(f"{row.place}: the label {row.label!r} is none of {known}")
 
     # their numbers
     train = [(row.first, row.second, forms.index(in_one_form(row.label))) for row in train]
