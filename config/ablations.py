@@ -31,7 +31,7 @@ scales = {
         "n_layer": n_layer // 4,
         **_heads(n_head // 3),
         "position": "rotary" if position == "scaled_sinusoidal" else position,
-        "rotary_base": 1000.0,
+        "rotary_base": 1000.0 if position in ("scaled_sinusoidal", "rotary") else rotary_base,
         "batch_size": max(batch_size // 128, 16),
         "batch_ramp_rows": 16,
         "micro_batch_size": 16,

@@ -19,7 +19,8 @@ SMALL = [
 ]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+# two_lengths.py begins with the weights of a finished run: tests/test_scale.py has it
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "two_lengths.py"])
 def test_config(run, glue, name):  # noqa: F811
     tasks = [
         "--tasks=cola,rte",

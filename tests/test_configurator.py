@@ -201,7 +201,7 @@ def test_a_copied_stage_has_its_own_keys_and_defaults(fork, tiny_data):
     """From a config file that sets the new key, for all three stages; a new choice is no typo."""
     mine = fork / "train_mine.py"
     mine.write_text((fork / "train.py").read_text())
-    edit(mine, "beta2 = 0.98  #", "beta2 = 0.5  #")
+    edit(mine, "\nbeta2 = 0.98\n", "\nbeta2 = 0.5\n")
     edit(mine, "seed = 1337  #", "shuffle_words = 0.0  # [0, 1) a new key\nseed = 1337  #")
     edit(mine, "trapezoid, ramp} of", "trapezoid, ramp, sawtooth} of")
     edit(
@@ -211,7 +211,7 @@ def test_a_copied_stage_has_its_own_keys_and_defaults(fork, tiny_data):
         '    if schedule == "ramp":',
     )
     edit(mine, "(p, schedule, warmup,", "(p, schedule, shuffle_words, warmup,")
-    edit(mine, "progress, schedule, warmup,", "progress, schedule, shuffle_words, warmup,")
+    edit(mine, 'c["schedule"], c["warmup"]', 'c["schedule"], c["shuffle_words"], c["warmup"]')
     Path("mine.py").write_text('schedule = "sawtooth"\nshuffle_words = 0.25\nglue_seeds = 1\n')
     data = ["--dataset=mine", "--sources=text.txt", "--vocab_size=90", "--seq_len=32"]
     code, text = execute(fork / "prepare.py", "mine.py", *data, "--val_rows=16")
