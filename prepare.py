@@ -1,6 +1,7 @@
 """Turn text into bins: python prepare.py config/demo.py
 
-1. Read all sources once into one spool file, and hold out the documents with the smallest hashes.
+1. Read all sources once into one spool file, which other data sets of the same text use again, and
+   hold out the documents with the smallest hashes.
 2. Train a vocabulary on a sample of the other documents.
 3. Tokenize: the held-out documents become the validation rows. Drop the others that compress badly,
    join the rest with <sep>, and cut the tokens into rows of seq_len.
