@@ -1,6 +1,7 @@
 """Turn text into bins: python prepare.py config/demo.py
 
-1. Read all sources once into one spool file, and hold out the documents with the smallest hashes.
+1. Read all sources once into one spool file, which other data sets of the same text use again, and
+   hold out the documents with the smallest hashes.
 2. Train a vocabulary on a sample of the other documents.
 3. Tokenize: the held-out documents become the validation rows. Drop the others that compress badly,
    join the rest with <sep>, and cut the tokens into rows of seq_len.
@@ -251,7 +252,7 @@ def write_validation(path, tokenizer, held, config):
         if n_tokens >= n_needed:
             break
 
-    # write them, and cut off what is more than val_rows
+    # write them
     marked = with_marks(documents, tokenizer, config["insert_cls"], config["insert_sep"])
     n_rows = pack(path, marked, config["seq_len"]) // config["seq_len"]
     if not n_rows:
@@ -262,6 +263,8 @@ def write_validation(path, tokenizer, held, config):
     if n_rows < config["val_rows"]:
         print(f"warning: the corpus is small: {n_rows} rows are held out, not {config['val_rows']}")
         return n_taken, n_rows
+
+    # cut off what is more than val_rows
     os.truncate(path, 2 * n_needed)
     return n_taken, config["val_rows"]
 
@@ -365,17 +368,9 @@ def rows_from_texts(work, kept, entries, config, counts):
     if config["tokenizer_file"]:
         tokenizer = load_tokenizer(config["tokenizer_file"])
 
-    # read, or take what another data set, or a stopped run, has read
+    # read
     spool = kept / "spool"
-    if (kept / "reading.json").exists():
-        print(f"the text in {kept} is used again; remove that folder to read the sources anew")
-        held = load_reading(kept, counts)
-    else:
-        shutil.rmtree(kept, ignore_errors=True)
-        kept.mkdir(parents=True)
-        held = read_sources(spool, entries, config, counts)
-        save_reading(kept, held, counts)
-    print(f"read {counts['documents']:,} documents, {counts['characters']:,} characters")
+    held = read_or_take(kept, entries, config, counts)
     require_disk(kept, os.path.getsize(spool))
 
     # vocabulary
@@ -411,11 +406,31 @@ def rows_from_texts(work, kept, entries, config, counts):
     n_chars = counts["characters"] - n_chars_of(reserved)
     texts = with_progress(texts, n_chars)
     dropped = write_unordered(work / "unordered", tokenizer, texts, config, counts)
+
+    # each document that was read is in one place
     counts["documents held out"] -= len(returned)
     parts = [counts[f"documents {what}"] for what in ("kept", "held out", *DROPPED)]
     if sum(parts) != counts["documents"]:
         raise Fault(f"{spool} has changed while it was read; remove {kept}, and start again")
     return tokenizer, dropped
+
+
+def read_or_take(kept, entries, config, counts):
+    """Read the sources, or take what another data set, or a stopped run, has read of them.
+
+    Returns the documents that are held out, the smallest hash first.
+    """
+    # the spool is complete if what is known of it lies next to it
+    if (kept / "reading.json").exists():
+        print(f"the text in {kept} is used again; remove that folder to read the sources anew")
+        held = load_reading(kept, counts)
+    else:
+        shutil.rmtree(kept, ignore_errors=True)
+        kept.mkdir(parents=True)
+        held = read_sources(kept / "spool", entries, config, counts)
+        save_reading(kept, held, counts)
+    print(f"read {counts['documents']:,} documents, {counts['characters']:,} characters")
+    return held
 
 
 def spool_folder(stamps, config):
@@ -598,6 +613,8 @@ def make(folder, kept, entries, stamps, config, settings):
         shutil.rmtree(work, ignore_errors=True)
         if not (kept / "reading.json").exists():
             shutil.rmtree(kept, ignore_errors=True)
+
+    # say what the folder of the text takes
     if kept.exists():
         size = os.path.getsize(kept / "spool")
         print(f"{kept} ({size / 1e9:.1f} GB) keeps the text for other data sets; remove it if done")

@@ -169,3 +169,11 @@ def test_a_disk_that_is_full(run, tiny_data, home):
         assert message is None and f"at step {step:,}" in output
     finally:
         subprocess.run(["umount", disk])
+
+
+def test_a_terminal_without_a_character_ends_no_run():
+    code = "from nanocram.faults import run_script; run_script(lambda: print('\u2581bal'))"
+    env = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "\\u2581bal\n"), done.stderr

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import prepare
-from nanocram import rows, tokenizer
+from nanocram import faults, rows, tokenizer
 from nanocram.tokenizer import SPECIAL_TOKENS
 
 
@@ -268,6 +269,7 @@ def test_a_full_disk_leaves_nothing(run, home):
             ["--order=sentence_length", "--sources=no_stop.txt"],
             "no sentence end in the first 3,200 characters",
         ),
+        (["--sources=copies.txt"], "the 400 documents of the corpus are all one text"),
         (["--sources=nothing.txt"], "'nothing.txt' is no file, folder or glob"),
         (
             ["--sources={'path': 'wikimedia/wikipedia', 'name': '20231101.en'}"],
@@ -292,6 +294,7 @@ def test_mistakes_end_in_one_line_and_leave_nothing(run, args, expected):
     parquet.write_table(pyarrow.table({"body": ["x"]}), "columns.parquet")
     Path("columns.csv").write_text("a,b\n1,2,3\n")
     Path("odd.xml").write_text("<a/>")
+    Path("copies.txt").write_text("\n\n".join(["bal dem. gol"] * 400))
     Path("no_stop.txt").write_text("bal dem!" * 400)
     Path("empty.txt").write_text("\n\n \n")
     Path("cyrillic.txt").write_text("\n\n".join("бал дем. " * (i + 1) for i in range(400)))
@@ -326,7 +329,7 @@ def test_data_of_an_older_version_is_known_again(run, tiny_data):
 
 
 @pytest.mark.parametrize("phase", ["spool", "tokenizer.json", "unordered", "train.bin"])
-def test_killed_in_any_phase_it_starts_anew(home, phase):
+def test_killed_in_any_phase_it_continues(home, phase):
     """kill -9 when a phase's file appears leaves nothing half-written; the next run is whole."""
     Path("text.txt").write_text("\n\n".join(sentences(3000)))
     process = start("prepare.py", *TINY, cwd=home)
@@ -340,7 +343,72 @@ def test_killed_in_any_phase_it_starts_anew(home, phase):
     )  # the last kill may come too late
     assert Path("data/tiny").exists() == Path("data/tiny/meta.json").exists()
     process = start("prepare.py", *TINY, cwd=home)
-    _, error = process.communicate()
+    output, error = process.communicate()
     assert process.returncode == 0 and not Path("data/tiny.tmp").exists(), error
+    assert "is used again" in output or phase == "spool" or "already prepared" in output
     train, val, meta, _ = bins()
     assert meta["sha256"]["train"] == hashlib.sha256(train.tobytes()).hexdigest()
+
+
+def test_sigterm_leaves_nothing_that_is_never_used(home):
+    Path("text.txt").write_text("\n\n".join(sentences(3000)))
+    process = start("prepare.py", *TINY, cwd=home)
+    while not list(Path("data").glob(".spool/*/spool")) and process.poll() is None:
+        time.sleep(0.0005)
+    process.terminate()
+    _, error = process.communicate()
+    assert process.returncode == 1 and "interrupted; nothing was kept" in error
+    assert not made()
+
+
+def test_a_text_is_read_once_for_data_sets_that_differ_later(run, tiny_data):
+    message, output = run("prepare.py", *TINY, "--dataset=b", "--order=fragment")
+    assert message is None and "is used again" in output
+    a, b = bins()[2], bins("b")[2]
+    assert all(a["sha256"][part] == b["sha256"][part] for part in ("val", "tokenizer"))
+    before, after = a["counts"], b["counts"]
+    assert before == after and before["documents"] == 400
+    read = before["documents kept"] + before["documents held out"]
+    assert read == 400
+    # a text that has changed is read again, and a finished data set says so
+    Path("text.txt").write_text(Path("text.txt").read_text() + "\n\nbal dem.")
+    message, output = run("prepare.py", *TINY, "--dataset=c")
+    assert message is None and "is used again" not in output
+    assert "though its sources have changed" in run("prepare.py", *TINY)[1]
+
+
+def test_one_process_prepares_a_data_set(run, monkeypatch):
+    monkeypatch.setattr(faults.lock.__wrapped__, "__defaults__", (0.1,))
+    Path("data/.spool").mkdir(parents=True)
+    with faults.lock("data/.spool/tiny.lock", "this test"):
+        assert "data/tiny is in use by process" in run("prepare.py", *TINY)[0]
+    assert not made()
+
+
+@pytest.mark.parametrize("text, n_rows", [(sentences(400), 500), (["\n".join(sentences(300))], 16)])
+def test_a_small_corpus_holds_out_what_fits(run, text, n_rows):
+    Path("text.txt").write_text("\n\n".join(text))
+    message, output = run("prepare.py", *TINY, f"--val_rows={n_rows}")
+    assert message is None, message
+    train, val, meta, _ = bins()
+    assert 0 < len(val) == meta["val_rows"] <= n_rows and len(train) > len(val)
+    assert f"rows are held out, not {n_rows}" in output or len(val) == n_rows
+
+
+def test_fsync_of_windows(run, monkeypatch):
+    """It refuses what was opened for reading."""
+    fcntl = pytest.importorskip("fcntl")
+    fsync = os.fsync
+
+    def of_windows(fd):
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError("Bad file descriptor")
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", of_windows)
+    assert run("prepare.py", *TINY)[0] is None
+
+
+def test_a_system_that_does_not_say_how_much_memory_it_has(monkeypatch):
+    monkeypatch.delattr(os, "sysconf")
+    rows.require_memory(10**9)

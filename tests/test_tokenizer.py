@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from test_prepare import bins
 from tokenizers import Tokenizer, models
 
+from nanocram.faults import Fault
 from nanocram.tokenizer import Losses, encode_ahead, make_normalizer, train_tokenizer
 
 
@@ -279,3 +280,13 @@ def test_losses_are_those_of_the_normaliser(text, to_ascii):
     assert n_written >= len(normal) and n_written - len(normal) <= text.count(" ")
     kept = sum(bool(tokenizer.normalizer.normalize_str(f"x{c}x") != "xx") for c in text)
     assert len(text) - n_deleted == kept
+
+
+def test_a_vocabulary_that_is_too_large_is_told_a_size_that_works():
+    words = "यह एक छोटा वाक्य है जिसमें कई शब्द होते हैं और भाषा हिन्दी किताब पढ़ना अच्छा".split()
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices(words, k=30)) for _ in range(50)]
+    with pytest.raises(Fault, match="set vocab_size to") as fault:
+        trained(texts, 150)
+    size = int(str(fault.value).split("set vocab_size to ")[1].split(",")[0])
+    assert trained(texts, size).get_vocab_size() == size
