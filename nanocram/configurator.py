@@ -37,6 +37,7 @@ class Key:
 
     def check(self, name, value):
         """Return the value in the default's type, with ~ expanded. Raise Fault if not allowed."""
+        # what a shell or a config file writes more shortly
         default = self.default
         if isinstance(value, str):
             value = os.path.expanduser(value)
@@ -48,12 +49,15 @@ class Key:
             value = type(default)(value)
         if isinstance(default, float) and type(value) is int:
             value = float(value)
+
+        # the type of the default
         if default is not UNKNOWN and default is not None and type(value) is not type(default):
             kinds = type(value).__name__, type(default).__name__
             raise Fault(
                 f"{name} = {value!r} is of type {kinds[0]}, not {kinds[1]} like {default!r}"
             )
 
+        # what the comment allows
         if choice := re.match(r"\{(.+?)\}", self.comment):
             options = choice[1].split(", ")
             if value not in options:
@@ -115,14 +119,17 @@ def declared_in(body, lines, values=None):
     bare = set()
     known = {"math": math}
     for node in body:
+        # a lower-case name on the left of a plain assignment
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
         if not isinstance(target, ast.Name) or not isinstance(node, (ast.Assign, ast.AnnAssign)):
             continue
         name = target.id
         if not name.islower() or name.startswith("_"):
             continue
+
+        # its default
         if values is not None:
-            default = copy.deepcopy(values[name])
+            default = values.get(name, UNKNOWN)
         else:
             try:
                 default = eval(compile(ast.Expression(node.value), "default", "eval"), dict(known))
@@ -130,6 +137,8 @@ def declared_in(body, lines, values=None):
                 default = UNKNOWN
         if default is not UNKNOWN:
             known[name] = default
+
+        # a comment makes it a key
         if comment := comment_of(node, lines):
             keys[name] = Key(default, comment)
         else:
@@ -147,11 +156,14 @@ class Stage:
         lines = source.splitlines()
         tree = ast.parse(source)
         section = key_section(tree, lines)
+        # a script is a stage if it calls configure
         calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
         self.is_stage = "configure" in [getattr(function, "id", "") for function in calls]
         self.own, self.bare = {}, set()
         if self.is_stage:
             self.own, self.bare = declared_in(section, lines, namespace)
+
+        # what may hide a key, and the keys of the model
         self.below = tree.body[len(section) :]
         if namespace is None:
             self.model = self.model_keys_from_source(tree)
@@ -160,6 +172,7 @@ class Stage:
 
     def refuse_what_cannot_be_a_key(self):
         """Raise Fault if another definition replaces a key, or config.json cannot hold it."""
+        # a function, class or variable of the same name further down
         for node in self.below:
             names = {getattr(node, "name", None)}
             if isinstance(node, ast.Assign):
@@ -167,6 +180,8 @@ class Stage:
             for name in names & self.own.keys():
                 place = f"{self.path.name}, line {node.lineno}"
                 raise Fault(f"{place}: {name} is also a key of this script; rename one of the two")
+
+        # a default of another type
         for name, key in self.own.items():
             if key.default is not UNKNOWN and not isinstance(key.default, PLAIN):
                 kind = type(key.default).__name__
@@ -241,6 +256,7 @@ def run_config_file(path, **names):
             line = e.__traceback__.tb_next.tb_lineno
         raise Fault(f"{path}, line {line}: {type(e).__name__}: {e}") from e
 
+    # helpers of the file are no keys
     found = {}
     for name, value in names.items():
         if not name.startswith("_") and not isinstance(value, ModuleType) and not callable(value):
@@ -327,6 +343,7 @@ def drop_if_meaningless(name, key, config, when, is_own):
     Raises Fault if it was set together with that setting, or later. when: {key: place of the last
     word that set it}.
     """
+    # the other key, and the values with which this one has a meaning
     condition = re.search(r"for (\w+): ([\w, ]+)$", key.comment)
     if not condition or config.get(name, key.default) == key.default:
         return
@@ -335,6 +352,7 @@ def drop_if_meaningless(name, key, config, when, is_own):
     if config.get(other) in allowed:
         return
 
+    # on purpose, or left over from a base
     what = f"{name} = {config[name]!r} has no meaning with {other} = {config[other]!r}"
     never = (-1, False)
     if when.get(name, never) >= when.get(other, never):

@@ -275,7 +275,8 @@ def test_a_module_variable_is_no_key_and_may_have_any_name(fork, tiny_data):
     """Below the keys, or among them without a comment; a name that lacks only that is explained."""
     lines = 'best = float("inf")\nsequence = [1, 2]\ntables = {}\n'
     edit(fork / "train.py", "# What may differ between", lines + "# What may differ between")
-    edit(fork / "train.py", "wandb_log = False", "forgotten = 3\nwandb_log = False")
+    odd = "forgotten = 3\nnotes = open(__file__)\ngone = 1\ndel gone\nwandb_log = False"
+    edit(fork / "train.py", "wandb_log = False", odd)
     for script in STAGES:
         assert not {"best", "sequence", "tables", "forgotten"} & resolve(fork / script, []).keys()
     code, text = execute(fork / "train.py", *TRAIN)
