@@ -283,12 +283,12 @@ def test_printed_lines_have_the_steps_that_were_measured(home, monkeypatch, caps
     lines = output.splitlines()
     assert len(lines) == 2 and "flash does not run" in errors and "tokens/s" in errors
     for seed, line in zip((1337, 1338), lines):
-        assert line.startswith("python prepare.py config/crammed.py ")
-        assert line.count("'--sources=my texts'") == 3
+        words = "config/crammed.py --tasks=cola '--sources=my texts' --max_steps=7"
+        assert line.startswith(f"python prepare.py {words} && ")
         assert f"--out_dir=out/sweep/crammed-{seed} --seed={seed}; }} && python finet" in line
         assert line.count("--max_steps=7") == 3
     with pytest.raises(Fault, match="cannot measure the models of init_from"):
-        sweep.main([*words, "--init_from=out/x"])
+        sweep.main(["crammed", "--tokens=9000", "--init_from=out/x", "--print"])
 
 
 def write_run(folder, loss, score, final_loss, tokenizer, has_rte):
