@@ -233,7 +233,7 @@ def test_json_arrays_utf_16_and_files_without_a_suffix(tmp_path, capsys):
     counts = Counter()
     found = Counter(text.strip() for text in texts_of(str(tmp_path), counts))
     assert found == Counter(documents * 4)
-    assert counts == {"files left out for their suffix": 1}
+    assert counts == {"files left out for their suffix": 1, "documents of .txt files": 30}
     output = capsys.readouterr().out
     assert "wiki_00" in output and "d.txt is in UTF-16" in output
 
