@@ -317,7 +317,9 @@ def resolve_stage(stage, argv):
         elif name in ("scale", "ablation"):
             origin, given = "config/ablations.py", overrides_named(name, text, config)
         else:
-            origin, given = "the command line", {name: literal(text)}
+            # a name may look like a number: --dataset=2024
+            is_text = name in declared and isinstance(declared[name][0].default, str)
+            origin, given = "the command line", {name: text if is_text else literal(text)}
         for key, value in given.items():
             if key not in declared:
                 raise Fault(unknown_key(key, origin, declared, [stage, *others]))

@@ -62,8 +62,9 @@ def test_types():
     assert resolved("--learning_rate=1")["learning_rate"] == 1.0
     assert isinstance(resolved("--grad_clip=1")["grad_clip"], float)
     assert resolved("--tasks=cola, rte")["tasks"] == ["cola", "rte"]
+    assert resolved("--dataset=2024")["dataset"] == "2024"
     assert resolved("--sources={'path': 'x'}")["sources"] == [{"path": "x"}]
-    wrongs = ["--n_layer=2.0", "--n_layer=True", "--compile=1", "--seed=abc", "--out_dir=3"]
+    wrongs = ["--n_layer=2.0", "--n_layer=True", "--compile=1", "--seed=abc"]
     for wrong in [*wrongs, "--mask_rate=None"]:
         assert wrong.split("=")[0][2:] in refused(wrong)
 
