@@ -156,9 +156,7 @@ class Stage:
         lines = source.splitlines()
         tree = ast.parse(source)
         section = key_section(tree, lines)
-        # a script is a stage if it calls configure
-        calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
-        self.is_stage = "configure" in [getattr(function, "id", "") for function in calls]
+        self.is_stage = "configure(globals())" in source
         self.own, self.bare = {}, set()
         if self.is_stage:
             self.own, self.bare = declared_in(section, lines, namespace)
@@ -191,10 +189,9 @@ class Stage:
     def model_keys_from_source(self, tree):
         """Return the keys of the Config that the script defines or imports from its folder."""
         path = self.path
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and "Config" in [
-                alias.name for alias in node.names
-            ]:
+        for node in tree.body:
+            names = node.names if isinstance(node, ast.ImportFrom) else []
+            if "Config" in [alias.name for alias in names]:
                 path = self.path.with_name(f"{node.module}.py")
         return keys_of_config(path) if path.exists() else {}
 

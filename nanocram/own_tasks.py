@@ -117,7 +117,7 @@ def labelled_rows(entry, part, is_regression):
     rows = []
     n_rows = 0
     label_exists = False
-    for place, fields in own_rows(path):
+    for place, fields in own_rows(path, {*columns, label}):
         n_rows += 1
         texts = [text_of(fields, column, place) for column in columns]
         label_exists |= label in fields
@@ -213,9 +213,10 @@ def is_fraction(text):
         return False
 
 
-def own_rows(path):
+def own_rows(path, wanted):
     """Yield (place, {column: value}) of the rows of a table; place is "FILE, row N", from row 1.
 
+    wanted: names of columns; a .parquet is read with these only.
     path: .tsv (tabs, no quoting), .csv, .parquet, .jsonl or .json (a list of objects), plain, .gz
     or .zst. Raise Fault if it is none of them, or damaged.
     """
@@ -232,7 +233,7 @@ def own_rows(path):
 
         # the readers, two of which are those of the corpora
         if kind in (".csv", ".parquet"):
-            rows = rows_of_file(file, "file", Counter())
+            rows = rows_of_file(file, wanted, "file", Counter())
         elif kind in (".jsonl", ".json"):
             rows = json_objects(file, kind)
         elif kind == ".tsv":

@@ -58,12 +58,18 @@ def test_the_peak_of_the_table_is_not_that_of_fp32(monkeypatch):
 
 
 def test_the_table_of_the_readme_is_that_of_the_code():
-    rows = re.findall(r"(?m)^\| ([\w -]+?) \| ([\d.]+) \| ([\d.]+) \|$", README)
+    day_of_a6000 = device.GPU_PEAKS["A6000"] * 86400 / 1e6
+    rows = re.findall(
+        r"(?m)^\| (\w[^|]*) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", README
+    )
     assert len(rows) >= 10
-    for name, tflops, exaflop in rows:
-        key = name.removeprefix("RTX ").removesuffix(" SXM")
-        assert device.GPU_PEAKS[key] == float(tflops)
-        assert float(exaflop) == pytest.approx(float(tflops) * 86400 / 1e6, abs=0.05)
+    for name, *numbers in rows:
+        key = name.partition(";")[0].removeprefix("RTX ").removesuffix(" SXM")
+        tflops, exaflop, days, hours = map(float, numbers)
+        assert device.GPU_PEAKS[key] == tflops
+        assert exaflop == pytest.approx(tflops * 86400 / 1e6, abs=0.05)
+        assert days == pytest.approx(exaflop / day_of_a6000, rel=0.05)
+        assert hours == pytest.approx(24 * device.GPU_PEAKS["A6000"] / tflops, abs=0.06)
 
 
 @pytest.mark.parametrize(
