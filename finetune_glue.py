@@ -12,16 +12,11 @@ develop the recipe and this protocol, so its other scores are not selected on th
 
 import hashlib
 import math
-import os
 import platform
 import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-# before torch is imported: threads that spin at barriers cost far more than their share of a core
-# next to any other program (GNU's, LLVM's and Intel's OpenMP know this variable)
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch

@@ -10,14 +10,9 @@ cramming, give the same curve as one: torchrun --nproc_per_node=2 train.py confi
 
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
-
-# before torch is imported: threads that spin at barriers cost far more than their share of a core
-# next to any other program (GNU's, LLVM's and Intel's OpenMP know this variable)
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch
