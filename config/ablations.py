@@ -4,6 +4,14 @@
 # This file is run with the keys of the config as its variables. So an entry says `n_layer // 2`,
 # and that means half the layers of any recipe, also after --scale=cpu. "[repo]" is the authors'
 # code, see config/crammed.py.
+#
+# Several changes are joined by +. What is each part of the recipe worth? In tools.sweep:
+#
+#   original_both+unfiltered_unsorted           everything as BERT had it
+#   original_training+unfiltered_unsorted       but the architecture
+#   original_architecture+unfiltered_unsorted   but the training
+#   original_both                               but the data
+#   crammed                                     nothing
 
 
 def _heads(n):
@@ -97,6 +105,11 @@ architecture = {
     "half_width": _heads(n_head // 2),
     "two_thirds_width": _heads(round(n_head * 2 / 3)),
     "four_thirds_width": _heads(round(n_head * 4 / 3)),
+    # three shapes with four times the parameters of the blocks, which grow with the depth and with
+    # the square of the width: 16 x 256, 7 x 384 and 4 x 512 with --scale=cpu
+    "four_times_depth": {"n_layer": 4 * n_layer},
+    "wider_and_deeper": {"n_layer": round(n_layer * 16 / 9), **_heads(round(n_head * 3 / 2))},
+    "double_width": _heads(2 * n_head),
 }
 
 # BERT's training as [repo] runs it, with its schedule tied to the budget
@@ -152,8 +165,13 @@ training = {
     "mask_60": {"mask_rate": 0.6},
     "mask_only": {"mask_80_10_10": False},
     "counted_embedding": {"count_tokens": 25_000_000, "decoder_bias": True},
-    # at full scale 8,192, 4,096, 2,048, 1,024 and 512 rows
+    # at full scale 8,192, 4,096, 2,048, 1,024 and 512 rows; with --scale=cpu 64, 32 and 16, and so
+    # that there are five as well, 128 and 256
     "no_batch_ramp": {"batch_ramp": 0.0},
+    "double_batch": {"batch_size": 2 * batch_size},
+    "double_batch_no_ramp": {"batch_size": 2 * batch_size, "batch_ramp": 0.0},
+    "four_times_batch": {"batch_size": 4 * batch_size},
+    "four_times_batch_no_ramp": {"batch_size": 4 * batch_size, "batch_ramp": 0.0},
     "half_batch": {"batch_size": _batch(2)},
     "half_batch_no_ramp": {"batch_size": _batch(2), "batch_ramp": 0.0},
     "quarter_batch": {"batch_size": _batch(4)},
@@ -182,6 +200,8 @@ data = {
     "vocab_quarter": {"vocab_size": vocab_size // 4, "filter_ratio": 0.0},
     "vocab_half": {"vocab_size": vocab_size // 2, "filter_ratio": 0.0},
     "vocab_double": {"vocab_size": vocab_size * 2, "filter_ratio": 0.0},
+    # 2^15 with --scale=cpu; 2^16 is as much as a token id of 16 bits can be
+    "vocab_four_times": {"vocab_size": min(vocab_size * 4, 2**16), "filter_ratio": 0.0},
     "bpe_tokenizer": {"tokenizer_kind": "bpe"},
     "unigram_tokenizer": {"tokenizer_kind": "unigram"},
 }
@@ -200,6 +220,8 @@ _sources = {
             "where": {"meta.pile_set_name": ["Gutenberg (PG-19)", "Books3", "Wikipedia (en)"]},
         }
     ],
+    # the web, filtered by rules and without any model
+    "refinedweb": [{"path": "tiiuae/falcon-refinedweb", "split": "train", "column": "content"}],
     "oscar": [{"files": "oscar/*.jsonl.zst", "column": "content"}],
 }
 # Each source as it is (the first one is the paper's "original data"), filtered, and sorted as well

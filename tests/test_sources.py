@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from conftest import TINY, sentences
 from test_prepare import bins
 
 from nanocram import sources
+from nanocram.configurator import resolve
 from nanocram.faults import Fault
 
 
@@ -325,6 +327,48 @@ def test_the_hub_is_asked_again_and_bad_parts_are_skipped(monkeypatch, capsys):
     gone = Stream(parts, {f"{p}-0": [ConnectionError("gone")] for p in range(4)})
     with pytest.raises(Fault, match="cannot read a/b: ConnectionError: gone"):
         hub_texts(monkeypatch, gone)
+
+
+def test_the_study_reads_wikipedia_and_books_by_their_weights(home, monkeypatch):
+    """Files with the columns that the two data sets have on the hub, in place of the hub."""
+    import datasets
+
+    # an article is short, a book long
+    articles = {"id": [], "url": [], "title": [], "text": []}
+    for i in range(4000):
+        values = (str(i), f"https://en.wikipedia.org/{i}", f"Title {i}", f"article {i}. " * 20)
+        for column, value in zip(articles.values(), values):
+            column.append(value)
+    books = {"TEXT": [f"book {i}.\r\n" * 900 for i in range(60)]}
+    books |= {"SOURCE": ["gutenberg"] * 60, "METADATA": ['{"text_id": 1, "title": "x"}'] * 60}
+    files = {"wikimedia/wikipedia": "articles.parquet", "sedthh/gutenberg_english": "books.parquet"}
+    for columns, name in zip((articles, books), files.values()):
+        datasets.Dataset.from_dict(columns).to_parquet(name)
+
+    # what is asked of the hub is one commit each
+    load, asked = datasets.load_dataset, []
+
+    def load_local(path, revision, split, streaming, name=None):
+        asked.append((path, name, split, bool(re.fullmatch("[0-9a-f]{40}", revision))))
+        return load("parquet", data_files=files[path], split=split, streaming=streaming)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_local)
+    config = resolve("prepare.py", ["config/study.py"])
+    assert (config["max_chars"], config["seed"]) == (100_000_000, 1337)
+    entries = sources.check_sources(config["sources"])
+    counts = Counter()
+    n_chars = Counter()
+    for text, _ in sources.mix_sources(entries, 1337, "blank_line", counts):
+        n_chars[text.split()[0]] += len(text)
+        if n_chars.total() > 700_000:
+            break
+    assert n_chars["article"] / n_chars.total() == pytest.approx(0.59, abs=0.01)
+    assert n_chars["book"] / n_chars.total() == pytest.approx(0.41, abs=0.01)
+    assert not counts
+    assert asked == [
+        ("wikimedia/wikipedia", "20231101.en", "train", True),
+        ("sedthh/gutenberg_english", None, "train", True),
+    ]
 
 
 class Used(list):

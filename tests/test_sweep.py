@@ -62,8 +62,8 @@ def test_every_ablation_is_a_model_and_a_training_that_exist(scale, home):
         micro = config["micro_batch_size"]
         assert config["batch_size"] % micro == 0, name
         assert not config["batch_ramp"] or config["batch_ramp_rows"] % micro == 0, name
-        # the smallest batch and model of scale=cpu end the ladders there
-        assert scale or changed not in seen, name
+        # the smallest batch and model of scale=cpu end the ladders there, 2^16 that of vocabularies
+        assert scale or changed not in seen or name == "vocab_four_times", name
         seen.append(changed)
 
 
@@ -103,6 +103,54 @@ def test_parameters_of_the_ladder(home):
         count[name] = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
     full = 16 * (4 * 768**2 + 768 * 3072 + 1536 * 768)
     assert count == {"half_depth": full // 2, "two_thirds_width": full * 4 // 9}
+
+
+def test_shapes_of_equal_size_at_the_scale_of_the_study(home):
+    """The blocks have as many parameters within 2 %, counted in the models, and equal heads."""
+    shapes = {"four_times_depth": (16, 256), "wider_and_deeper": (7, 384), "double_width": (4, 512)}
+    count = {}
+    for name, shape in shapes.items():
+        config = resolved("config/study.py", f"--ablation={name}")
+        assert (config["n_layer"], config["n_embd"]) == shape
+        assert config["n_embd"] / config["n_head"] == 64 and config["n_inner"] == 4 * shape[1]
+        blocks = BERT(Config(**{k: config[k] for k in Config.__dataclass_fields__})).blocks
+        count[name] = sum(p.numel() for p in blocks.parameters() if p.ndim == 2)
+    baseline = 4 * (4 * 256**2 + 256 * 1024 + 512 * 256)
+    assert count["four_times_depth"] == count["double_width"] == 4 * baseline
+    assert count["wider_and_deeper"] == pytest.approx(4 * baseline, rel=0.02)
+
+
+def test_the_study_is_the_crammed_recipe_at_a_small_scale(home):
+    """Every row has the values that it has with the words of the scale, but for names and texts."""
+    words = ["--scale=cpu", "--max_chars=100_000_000"]
+    corpora = {name for name, changes in ablations()["data"].items() if "sources" in changes}
+    for name in ["crammed", *ablations()["ablations"]]:
+        own = "study" if name == "crammed" else f"study+{name}"
+        config = resolved(*sweep.stage_words(own, []))
+        expected = resolved(*sweep.stage_words(name, words))
+        differ = {k for k in expected if config[k] != expected[k]}
+        texts = set() if name in corpora else {"sources"}
+        assert differ == {"out_dir", "dataset"} | texts, name
+
+
+def test_what_each_part_of_the_recipe_is_worth(home):
+    """The rows of several changes that config/ablations.py names have the parts that it says."""
+    parts = {
+        "architecture": ("norm_place", "post"),
+        "training": ("learning_rate", 2e-4),
+        "data": ("order", "shuffle"),
+    }
+    rows = {
+        "original_both+unfiltered_unsorted": {"architecture", "training", "data"},
+        "original_training+unfiltered_unsorted": {"training", "data"},
+        "original_architecture+unfiltered_unsorted": {"architecture", "data"},
+        "original_both": {"architecture", "training"},
+        "crammed": set(),
+    }
+    for name, expected in rows.items():
+        assert name in (ROOT / "config/ablations.py").read_text()
+        config = resolved(*sweep.stage_words(name, ["--scale=cpu"]))
+        assert {part for part, (key, value) in parts.items() if config[key] == value} == expected
 
 
 def test_the_order_of_words_is_the_order_of_meaning(home):
@@ -291,6 +339,15 @@ def test_printed_lines_have_the_steps_that_were_measured(home, monkeypatch, caps
         sweep.main(["crammed", "--tokens=9000", "--init_from=out/x", "--print"])
 
 
+def test_what_is_left_out_is_not_said_among_the_printed_lines(home, capsys):
+    sweep.main(["crammed", "no_positions", "--scale=cpu", "--print"])
+    output, errors = capsys.readouterr()
+    assert [line.split()[:3] for line in output.splitlines()] == [
+        ["python", "prepare.py", "config/crammed.py"]
+    ] * 2
+    assert "rotary_base = 1000.0 has no meaning with position = 'none'" in errors
+
+
 def write_run(folder, loss, score, final_loss, tokenizer, has_rte):
     """Write what --table reads of a run."""
     folder.mkdir(parents=True)
@@ -348,6 +405,28 @@ def test_scores_are_compared_in_pairs_of_seeds(home):
     assert speeds == ["1.00", "1.50"]  # of a and d
     assert c.startswith("| c | 3 | -0.200 [-0.200, -0.200] | +0.0 [")
     assert "| 56.3 ± 5.5 |" in text.split("Against")[0]
+
+
+def test_the_table_says_how_sure_a_single_run_is_and_how_many_are_scored(home):
+    """One run has the error of its log; of several, those without scores are not counted in."""
+    for i, loss in enumerate([4.0, 4.2, 4.4]):
+        write_run(Path(f"out/s/a-{1337 + i}"), loss, 50.0 + i, loss, "one", False)
+    Path("out/s/a-1338/glue.json").unlink()
+    write_run(Path("out/s/b-1337"), 4.1, 40.0, 4.1, "one", False)
+    write_run(Path("out/s/c-1337"), 4.1, 40.0, 4.1, "other", False)
+    for path in Path("out/s").glob("*/log.jsonl"):
+        log = path.read_text().replace('"val_loss"', '"val_loss_se": 0.0214, "val_loss"')
+        path.write_text(log)
+    text, _ = sweep.write_table(["a", "b", "c"], {}, Path("out/s"))
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert "val_loss_se" not in lines[0]
+    column = {title: i for i, title in enumerate(lines[0])}
+    a, b, c = lines[2:5]
+    assert (a[1], a[column["val_loss"]]) == ("3", "4.200 ± 0.200")
+    assert a[column["cola"]] == "51.0 ± 1.4 (n = 2)"
+    assert (b[1], b[column["val_loss"]], b[column["cola"]]) == ("1", "4.100 ± 0.021 s.e.", "40.0")
+    assert c[column["val_loss"]] == "(4.100 ± 0.021 s.e.)"
+    assert "standard error of val_loss over validation rows" in text
 
 
 def test_what_stops_a_sweep_lets_its_run_save_and_the_same_command_continues(run, home):

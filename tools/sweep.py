@@ -54,6 +54,7 @@ WORK = ["seq_len", "mask_rate", "mask_80_10_10", "optimizer", "dtype", "device",
 ABOUT = {"layers", "width", "passed at", "M tokens", "epochs", "speed", "k tokens/s"}
 # the loss, and that at words that are visible nowhere else in the row, and at the others
 LOSSES = ["val_loss", "val_loss_new", "val_loss_seen"]
+ERROR = "val_loss_se"  # standard error of val_loss over validation rows
 # digits after the point in the table's columns; elsewhere 1
 DIGITS = {"layers": 0, "width": 0, "passed at": 2, "epochs": 2, "speed": 2}
 DIGITS |= dict.fromkeys(LOSSES, 3)
@@ -377,8 +378,8 @@ def read_run(folder, speed, reference):
 
     # columns in the order of the table
     row = {"layers": config["n_layer"], "width": config["n_embd"]}
-    for kind in LOSSES:
-        if last.get(kind) is not None:  # logs from before two of them have one
+    for kind in [*LOSSES, ERROR]:
+        if last.get(kind) is not None:  # older logs lack some
             row[kind] = last[kind]
     if reference and files == reference.files:
         curve = [(entry["time_fraction"], entry["val_loss"]) for entry in evaluations]
@@ -420,8 +421,9 @@ def read_entries(names, out):
         # the finished runs, by the number at the end of their names
         rows = {}
         files = []
+        prefix = Path(name).name + "-"  # an entry of a page may be in a folder of its own
         for log in sorted(out.glob(f"{name}-*/log.jsonl")):
-            seed = log.parent.name.removeprefix(f"{name}-")
+            seed = log.parent.name.removeprefix(prefix)
             if not seed.isdigit():
                 continue
             found = read_run(log.parent, speed, reference)
@@ -453,6 +455,31 @@ def mean_and_deviation(values, digits):
     return text
 
 
+def mean_cell(entry, column):
+    """Return the cell of a column in the first table: the mean over the runs, and its spread."""
+    values = [row[column] for row in entry.rows.values() if column in row]
+    text = mean_and_deviation(values, DIGITS.get(column, 1))
+    if column == "val_loss":
+        text += error_of_one_run(entry)
+
+    # how many runs, if not all: some may lack scores
+    if 0 < len(values) < len(entry.rows):
+        text += f" (n = {len(values)})"
+
+    # brackets for a loss on other data than the first entry's
+    if column in LOSSES and values and not entry.is_comparable:
+        text = f"({text})"
+    return text
+
+
+def error_of_one_run(entry):
+    """Return ' ± standard error, s.e.' of an entry's val_loss if it has one run, or ''."""
+    rows = list(entry.rows.values())
+    if len(rows) != 1 or ERROR not in rows[0]:
+        return ""
+    return f" ± {rows[0][ERROR]:.{DIGITS['val_loss']}f} s.e."
+
+
 def difference(pairs, digits):
     """Return 'mean [95 % interval], p' of first minus second of each pair, by Student's t."""
     gaps = -np.diff(pairs).flatten()
@@ -472,6 +499,7 @@ def columns_of(entries):
     for entry in reversed(entries.values()):
         for row in entry.rows.values():
             columns |= dict.fromkeys(row)
+    columns.pop(ERROR, None)  # is part of val_loss
     return list(columns) or ["val_loss"]
 
 
@@ -491,14 +519,7 @@ def main_table(entries, columns, failed):
         n = str(len(entry.rows))
         if name in failed:
             n += f", {failed[name]}"
-        cells = []
-        for column in columns:
-            values = [row[column] for row in entry.rows.values() if column in row]
-            # brackets for a loss on other data than the first entry's
-            text = mean_and_deviation(values, DIGITS.get(column, 1))
-            if column in LOSSES and values and not entry.is_comparable:
-                text = f"({text})"
-            cells.append(text)
+        cells = [mean_cell(entry, column) for column in columns]
         rows.append([name, n, *cells])
     return markdown(["n", *columns], rows)
 
@@ -506,6 +527,11 @@ def main_table(entries, columns, failed):
 def notes(entries, columns):
     """Return the lines that explain the first table, as far as it needs them."""
     lines = []
+    if any(error_of_one_run(entry) for entry in entries.values()):
+        lines.append(
+            "s.e.: of one run, the standard error of val_loss over validation rows. Without it, ± "
+            "is the standard deviation over runs."
+        )
     if not all(entry.is_comparable for entry in entries.values()):
         lines.append(
             "In brackets: with another tokenizer or val.bin than the first row's; these val_loss "
@@ -628,7 +654,10 @@ def main(argv=None):
     args, words = parse(argv)
     configs = {}
     if not args.table:
-        configs = resolve_entries(args.names, words)
+        # with --print, the standard output has the lines alone
+        output = sys.stderr if args.print else sys.stdout
+        with contextlib.redirect_stdout(output):
+            configs = resolve_entries(args.names, words)
 
     if args.tokens and any(config["init_from"] != "scratch" for config in configs.values()):
         raise Fault("--tokens cannot measure the models of init_from; set --max_steps instead")
