@@ -107,6 +107,10 @@ def test_mistakes_in_a_page(home):
     Path("x.md").write_text("| row | n |\n|---|---|\n| crammed | |\n")
     with pytest.raises(Fault, match="'crammed' names no entry in backticks"):
         fill_page.main(["x.md"])
+    table = "| row | n |\n|---|---|\n| `crammed` | |\n\n"
+    Path("x.md").write_text("## One\n" + 2 * table)
+    with pytest.raises(Fault, match="two tables stand under the heading 'One'"):
+        fill_page.main(["x.md"])
 
 
 def test_every_row_of_the_page_of_the_study_can_be_run(monkeypatch):

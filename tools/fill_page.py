@@ -104,6 +104,7 @@ def fill_page(page):
     lines = page.read_text(encoding="utf-8").splitlines()
     filled = []
     spread = []
+    with_table = set()  # headings, each of which names one figure
     title = page.parent.name
     while lines:
         line = lines.pop(0)
@@ -114,6 +115,11 @@ def fill_page(page):
             continue
 
         # a table, up to the line that is none
+        if title in with_table:
+            raise Fault(
+                f"two tables stand under the heading {title!r}; give the second one its own"
+            )
+        with_table.add(title)
         table = [line]
         while lines and lines[0].startswith("|"):
             table.append(lines.pop(0))
