@@ -8,6 +8,13 @@ command. init_from starts from weights that exist. Several GPUs, which are outsi
 cramming, give the same curve as one: torchrun --nproc_per_node=2 train.py config/demo.py
 """
 
+import os
+
+# Threads that wait fall asleep sooner: next to other work a step is up to twelve times as fast
+# (results/bench/busy.md). libgomp reads this while torch is imported.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
 import json
 import math
 import sys
