@@ -79,6 +79,12 @@ def test_files_with_quirks(glue, capsys):  # noqa: F811
     ]
 
 
+@pytest.mark.parametrize("n_train, n_dev", [(48, 20), (49, 20), (48, 21)])
+def test_a_task_is_partial_if_either_part_lacks_examples(glue, monkeypatch, n_train, n_dev):  # noqa: F811
+    monkeypatch.setitem(GLUE, "rte", GLUE["rte"]._replace(n_train=n_train, n_dev=n_dev))
+    assert load_task("rte", "glue").partial == ((n_train, n_dev) != (48, 20))
+
+
 def test_hub_layout(monkeypatch):
     """The columns and integer labels of nyu-mll/glue, as its card has them."""
     import datasets
@@ -120,6 +126,7 @@ def test_the_answer_that_ignores_the_text():
     assert constant_score("f1", train, dev) == pytest.approx(100 * 2 * 279 / (408 + 279))
     assert constant_score("accuracy", train, dev) == pytest.approx(100 * 279 / 408)
     assert constant_score("matthews", train, dev) == 0.0
+    assert constant_score("accuracy", np.array([0, 0, 1]), np.array([1, 1, 1, 0])) == 25.0
     assert constant_score("pearson", np.array([1.0, 2.5]), np.array([0.0, 5.0])) == 0.0
 
 

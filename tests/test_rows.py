@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from test_prepare import bins
 
 from nanocram import rows
+from nanocram.faults import Fault
 
 
 @pytest.mark.parametrize(
@@ -163,9 +164,25 @@ def test_rows_are_written_in_their_order_whatever_the_buckets(
     assert [p.name for p in path.parent.iterdir()] == ["train.bin"]
 
 
-def test_ties_are_shuffled():
+def test_ties_are_shuffled(monkeypatch):
     table = np.repeat(np.array([[1], [0], [2]], np.uint16), 500, axis=0)
     order = rows.training_order(table, np.array([-1.5, 0.0, 2.0]), 0)
     assert (np.diff(table[order, 0].astype(int)) >= 0).all() and sorted(order) == list(range(1500))
     for part in np.split(order, 3):
         assert abs(np.corrcoef(part, range(500))[0, 1]) < 0.15
+    monkeypatch.setattr(rows, "ROWS", 100)  # blocks change nothing
+    assert (rows.training_order(table, np.array([-1.5, 0.0, 2.0]), 0) == order).all()
+
+
+def test_bits_sort_like_the_numbers():
+    numbers = np.array([-np.inf, -3.5, -1e-30, -0.0, 0.0, 1e-30, 2.0, np.inf], np.float32)
+    bits = rows.sortable_bits(numbers).astype(int)
+    assert (np.diff(bits) > 0).tolist() == (np.diff(numbers) > 0).tolist()
+    assert (np.diff(bits) >= 0).all()
+
+
+def test_deduplication_asks_for_40_bytes_a_token(monkeypatch):
+    monkeypatch.setattr(rows, "available_memory", lambda: 40_000)
+    rows.require_memory(1000)
+    with pytest.raises(Fault, match="dedup_tokens needs about"):
+        rows.require_memory(1001)

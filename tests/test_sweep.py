@@ -4,7 +4,6 @@ import functools
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import statistics
@@ -14,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, start
+from conftest import TINY, start
 from scipy.stats import ttest_rel
 
 from model import BERT, Config, require_possible
