@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import TINY, start
+from conftest import ROOT, TINY, start
 from scipy.stats import ttest_rel
 
 from model import BERT, Config, require_possible
