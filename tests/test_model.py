@@ -260,6 +260,8 @@ def test_classifier(pooling, n_classes):
     assert model(ids, mask).shape == (2, n_classes)
     assert torch.allclose(model(ids, mask), expected, atol=1e-6)
     assert model.pooler.weight.shape == (1024, 32)
+    for layer in (model.pooler, model.head):
+        assert layer.weight.std().item() == pytest.approx(0.02, rel=0.1) and not layer.bias.any()
 
 
 def test_impossible_models_are_refused():

@@ -62,6 +62,7 @@ MARKS = as_tokens("<>").tolist()
 @settings(max_examples=300, deadline=None)
 @given(st.text(alphabet="abc<>", max_size=60), st.integers(1, 7))
 @example("abcdXbcdeYcdefZcde", 3)
+@example("abcabdca", 2)  # of the first ca, the last token is cut out
 def test_repeats_against_a_plain_implementation(text, n):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rows, "CHUNK", 7)  # blocks have seams
@@ -172,6 +173,30 @@ def test_ties_are_shuffled(monkeypatch):
         assert abs(np.corrcoef(part, range(500))[0, 1]) < 0.15
     monkeypatch.setattr(rows, "ROWS", 100)  # blocks change nothing
     assert (rows.training_order(table, np.array([-1.5, 0.0, 2.0]), 0) == order).all()
+
+
+def test_rows_that_are_all_alike_have_no_order():
+    with pytest.raises(Fault, match="all rows are alike"):
+        rows.sort_keys(np.ones((3, 2), np.uint16), np.arange(5.0))
+
+
+def test_a_container_has_less_memory_than_its_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "Path", lambda path: tmp_path / path.lstrip("/"))
+    files = {"proc/meminfo": "MemTotal: 9000 kB\nMemAvailable: 1000 kB\n"}
+    files |= {"sys/fs/cgroup/memory.max": "600000\n", "sys/fs/cgroup/memory.current": "200000\n"}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert rows.available_memory() == 400_000
+    (tmp_path / "sys/fs/cgroup/memory.max").write_text("max\n")
+    assert rows.available_memory() == 1_024_000
+
+
+def test_the_fraction_of_unknown_tokens_is_said(tiny_data, capsys):
+    token_counts = np.zeros(65536, np.int64)
+    token_counts[[1, 9]] = 5, 95
+    rows.print_summary(Path("data/tiny"), token_counts)
+    assert "fraction of <unk>: 5.0000%" in capsys.readouterr().out
 
 
 def test_bits_sort_like_the_numbers():

@@ -134,6 +134,19 @@ def test_other_schedules(schedule, values):
         assert factor_with(0, schedule) == 1.0
 
 
+def test_in_the_cool_down_the_rate_falls_linearly_from_what_it_has_reached():
+    """At p = 0.9 two fifths of a cool-down of 0.25 are left."""
+    for schedule, at_its_begin in (("ramp", 0.75), ("inverse_sqrt", (0.1 / 0.75) ** 0.5)):
+        assert factor_with(0.9, schedule, 0.1) == pytest.approx(0.4 * at_its_begin)
+
+
+def test_rates_are_those_of_the_keys():
+    config = {"learning_rate": 2.0, "schedule": "trapezoid", "warmup": 0.1, "cooldown": 0.4}
+    config |= {"triangle_base": 0.25, "batch_size": 8, "batch_ramp": 0.5, "batch_ramp_rows": 2}
+    assert train.rates_at(0.05, config) == (pytest.approx(1.0), 2)
+    assert train.rates_at(0.8, config) == (pytest.approx(1.0), 8)
+
+
 def test_one_cycle_is_a_triangle():
     for p in np.linspace(0, 1, 11):
         factor = factor_with(p, "triangle", cooldown=0.5, triangle_base=0.0)
