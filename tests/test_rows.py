@@ -33,7 +33,8 @@ def test_orders(run, order):
         "reverse_unigram": lambda r: -np.mean(np.log2(counts[r] / counts.sum())),
     }
     values = np.array([keys[order](r) for r in train])
-    assert (np.diff(values) >= -1e-9).all() and len(set(values.round(6))) > 2
+    # the keys are sums in fp32, of up to 32 x 8: half a unit of their last place is 1e-5
+    assert (np.diff(values) >= -1e-6).all() and len(set(values.round(6))) > 2
     assert run("prepare.py", *TINY, f"--order={order}", "--dataset=cut", "--max_rows=50")[0] is None
     assert (bins("cut")[0] == train[:50]).all()
 
