@@ -1,9 +1,11 @@
 """Small inputs that the tests make themselves, and a way to run the scripts as a user does."""
 
 import functools
+import gc
 import os
 import random
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,12 +69,20 @@ def sentences(n_documents, seed=0):
     return documents
 
 
+def pytest_collection_finish():
+    """Keep what is imported by now out of garbage collections, which took half of some tests."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     """An empty folder to work in, with the repository's config files and a small text."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config").symlink_to(ROOT / "config")
-    (tmp_path / "text.txt").write_text("\n\n".join(sentences(400)))
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(sentences(400)))
+    os.utime(text, (0, 0))  # prepare.py reads a text again if its date has changed
     return tmp_path
 
 
@@ -80,7 +90,7 @@ def home(tmp_path, monkeypatch):
 def run(home, monkeypatch, capsys):
     """run("train.py", "--key=value", ...) runs a stage, or a tool, in this process.
 
-    Returns (exit message or None, output). A path with a slash is a script elsewhere.
+    Returns (exit message or None, output). An absolute path is a script elsewhere.
     """
     monkeypatch.setattr(device, "peak_flops", PEAK)
 
@@ -90,11 +100,11 @@ def run(home, monkeypatch, capsys):
         capsys.readouterr()
         message = None
         try:
-            if (ROOT / "tools" / script).exists():
+            if (ROOT / script).exists():
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+            else:
                 module = f"tools.{script.removesuffix('.py')}"
                 runpy.run_module(module, run_name="__main__", alter_sys=False)
-            else:
-                runpy.run_path(str(ROOT / script), run_name="__main__")
         except SystemExit as e:
             message = e.code
         finally:
@@ -107,11 +117,29 @@ def run(home, monkeypatch, capsys):
     return go
 
 
-@pytest.fixture
-def tiny_data(run):
-    message, output = run("prepare.py", *TINY)
+@pytest.fixture(scope="session")
+def shelf(tmp_path_factory):
+    """A folder that keeps what many tests begin with; see made_once."""
+    return tmp_path_factory.mktemp("shelf")
+
+
+def made_once(shelf, folder, make):
+    """Return the output of make(), which fills a folder. The next test gets a copy of both."""
+    said = shelf / f"{folder}.said"
+    if said.exists():
+        shutil.copytree(shelf / folder, folder)
+        return said.read_text()
+    message, output = make()
     assert message is None, message
+    shutil.copytree(folder, shelf / folder)
+    said.write_text(output)
     return output
+
+
+@pytest.fixture
+def tiny_data(run, shelf):
+    """The tiny corpus in data/tiny. Returns what prepare.py has said."""
+    return made_once(shelf, "data", lambda: run("prepare.py", *TINY))
 
 
 def command(script, *args):

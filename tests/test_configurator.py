@@ -1,10 +1,9 @@
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, command
+from conftest import PEAK, ROOT, TINY, command
 
 from nanocram.configurator import Key, Stage, resolve
 from nanocram.faults import Fault
@@ -189,16 +188,34 @@ def edit(path, old, new):
     path.write_text(text.replace(old, new))
 
 
-def execute(script, *args):
-    done = subprocess.run([sys.executable, script, *args], capture_output=True, text=True)
-    return done.returncode, done.stdout + done.stderr
+@pytest.fixture
+def execute(run, monkeypatch):
+    """execute(script, *args) runs a script with the modules next to it, not with ours.
+
+    Returns (exit status, output).
+    """
+
+    def go(script, *args):
+        with monkeypatch.context() as patch:
+            # forget our modules; at the end pytest brings them back
+            for name, module in list(sys.modules.items()):
+                folder = Path(getattr(module, "__file__", None) or "/").parent
+                if folder in (ROOT, ROOT / "nanocram"):
+                    patch.delitem(sys.modules, name)
+            patch.syspath_prepend(script.parent.resolve())
+            patch.setattr("nanocram.device.peak_flops", PEAK)
+            message, output = run(str(script.resolve()), *args)
+            sys.modules.pop("model_mine", None)
+        return int(bool(message)), output + (message or "")
+
+    return go
 
 
 def saved(name="tiny"):
     return json.loads(Path(f"out/{name}/config.json").read_text())
 
 
-def test_a_copied_stage_has_its_own_keys_and_defaults(fork, tiny_data):
+def test_a_copied_stage_has_its_own_keys_and_defaults(fork, tiny_data, execute):
     """From a config file that sets the new key, for all three stages; a new choice is no typo."""
     mine = fork / "train_mine.py"
     mine.write_text((fork / "train.py").read_text())
@@ -236,7 +253,7 @@ def test_a_copied_stage_has_its_own_keys_and_defaults(fork, tiny_data):
     assert code == 0 and "--beta2=0.5" in text and "a new key" in text
 
 
-def test_a_copied_model_has_its_own_defaults_and_keys(fork, tiny_data):
+def test_a_copied_model_has_its_own_defaults_and_keys(fork, tiny_data, execute):
     (fork / "model_mine.py").write_text((fork / "model.py").read_text())
     edit(
         fork / "model_mine.py",
@@ -256,7 +273,7 @@ def test_a_copied_model_has_its_own_defaults_and_keys(fork, tiny_data):
     assert code == 0, text
 
 
-def test_a_default_may_be_any_expression(fork, tiny_data):
+def test_a_default_may_be_any_expression(fork, tiny_data, execute):
     """In one stage; the others read it from the source, or do without it if they cannot."""
     edit(fork / "train.py", "batch_size = 8192", "batch_size = 64 * 128")
     edit(fork / "train.py", "log_seconds = 10.0", "log_seconds = math.sqrt(batch_size)")
@@ -272,7 +289,7 @@ def test_a_default_may_be_any_expression(fork, tiny_data):
     assert code == 1 and "wandb_log is a PosixPath, but a key is" in text
 
 
-def test_a_module_variable_is_no_key_and_may_have_any_name(fork, tiny_data):
+def test_a_module_variable_is_no_key_and_may_have_any_name(fork, tiny_data, execute):
     """Below the keys, or among them without a comment; a name that lacks only that is explained."""
     lines = 'best = float("inf")\nsequence = [1, 2]\ntables = {}\n'
     edit(fork / "train.py", "# What may differ between", lines + "# What may differ between")
@@ -287,7 +304,7 @@ def test_a_module_variable_is_no_key_and_may_have_any_name(fork, tiny_data):
         assert code == 1 and "forgotten in train.py needs a comment" in text
 
 
-def test_a_helper_may_have_the_name_of_another_stages_key(fork, tiny_data):
+def test_a_helper_may_have_the_name_of_another_stages_key(fork, tiny_data, execute):
     edit(
         fork / "train.py",
         "def set_learning_rate(",
@@ -303,7 +320,7 @@ def test_a_helper_may_have_the_name_of_another_stages_key(fork, tiny_data):
     assert text.startswith("train.py: train.py, line ") and not Path("out/b").exists()
 
 
-def test_a_file_next_to_the_stages_that_is_no_stage_does_no_harm(fork, tiny_data):
+def test_a_file_next_to_the_stages_that_is_no_stage_does_no_harm(fork, tiny_data, execute):
     (fork / "broken.py").write_text("def (\n")
     (fork / "latin.py").write_bytes(b"# \xe9\n")
     (fork / "notes.py").write_text("learning_rate = 'fast'  # not a key\n")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, sentences, start
+from conftest import TINY, made_once, sentences, start
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -97,9 +97,8 @@ def glue(home):
 
 
 @pytest.fixture
-def model(run, tiny_data):
-    message, _ = run("train.py", *TINY, "--max_steps=5")
-    assert message is None
+def model(run, tiny_data, shelf):
+    made_once(shelf, "out", lambda: run("train.py", *TINY, "--max_steps=5"))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -9,18 +9,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import pearsonr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
-from test_finetune_glue import glue  # noqa: F401
+from test_finetune_glue import glue, write  # noqa: F401
 
 from nanocram.faults import Fault
 from nanocram.glue import (
     GLUE,
+    Task,
     accuracy,
     constant_score,
+    describe,
     f1,
     load_task,
     matthews,
     pearson,
     spearman,
+    write_dev_predictions,
+    write_predictions,
 )
 
 
@@ -79,6 +83,53 @@ def test_files_with_quirks(glue, capsys):  # noqa: F811
     ]
 
 
+@pytest.mark.parametrize("n_train, n_dev", [(48, 20), (49, 20), (48, 21)])
+def test_a_task_is_partial_if_either_part_lacks_examples(glue, monkeypatch, n_train, n_dev):  # noqa: F811
+    monkeypatch.setitem(GLUE, "rte", GLUE["rte"]._replace(n_train=n_train, n_dev=n_dev))
+    assert load_task("rte", "glue").partial == ((n_train, n_dev) != (48, 20))
+
+
+def test_metrics_and_classes_of_glue():
+    """As gluebenchmark.com names the metrics, and in the order of the hub's classes."""
+    metrics = {"cola": "matthews", "mrpc": "f1", "qqp": "f1", "stsb": "pearson"}
+    for name, spec in GLUE.items():
+        assert spec.metric == metrics.get(name, "accuracy")
+    assert GLUE["rte"].labels == GLUE["qnli"].labels == ["entailment", "not_entailment"]
+    assert GLUE["mnli"].labels == ["entailment", "neutral", "contradiction"]
+
+
+def test_the_two_test_sets_of_mnli(glue, monkeypatch):  # noqa: F811
+    monkeypatch.setitem(GLUE, "mnli", GLUE["mnli"]._replace(n_test=[1, 1]))
+    for part in ("matched", "mismatched"):
+        write(Path(f"glue/MNLI/test_{part}.tsv"), ["sentence1", "sentence2"], [[part, "x"]])
+    test = load_task("mnli", "glue", submit=True).test
+    assert test["MNLI-m"] == [("matched", "x", None)]
+    assert test["MNLI-mm"] == [("mismatched", "x", None)]
+
+
+def test_a_row_with_an_empty_label_is_left_out(glue, capsys):  # noqa: F811
+    rows = [["a", "b", ""], ["c", "d", "entailment"]]
+    write(Path("glue/RTE/dev.tsv"), ["sentence1", "sentence2", "label"], rows)
+    assert load_task("rte", "glue").dev["rte"] == [("c", "d", 0)]
+    assert "RTE/dev.tsv: 1 rows with missing fields" in capsys.readouterr().out
+
+
+def test_what_is_written_of_predictions(tmp_path):
+    """Values for the server are cut to 0 to 5; the table of dev has the prediction first."""
+    path = tmp_path / "a.tsv"
+    write_predictions(path, [-0.2, 5.3, 2.5], [])
+    assert path.read_text() == "index\tprediction\n0\t0.000\n1\t5.000\n2\t2.500\n"
+    write_dev_predictions(path, [1, 0], [0, 0], ["no", "yes"])
+    assert path.read_text().splitlines()[1:] == ["0\tyes\tno", "1\tno\tno"]
+
+
+def test_the_commonest_of_many_classes_are_named():
+    examples = [("a", None, label) for label in range(8) for _ in range(9 - label)]
+    (line,) = describe(Task("x", examples, {}, list("abcdefgh"), "accuracy"))
+    expected = "x, train: 44 examples: a 9, b 8, c 7, d 6, e 5, f 4, 2 more classes"
+    assert line == expected
+
+
 def test_hub_layout(monkeypatch):
     """The columns and integer labels of nyu-mll/glue, as its card has them."""
     import datasets
@@ -120,6 +171,7 @@ def test_the_answer_that_ignores_the_text():
     assert constant_score("f1", train, dev) == pytest.approx(100 * 2 * 279 / (408 + 279))
     assert constant_score("accuracy", train, dev) == pytest.approx(100 * 279 / 408)
     assert constant_score("matthews", train, dev) == 0.0
+    assert constant_score("accuracy", np.array([0, 0, 1]), np.array([1, 1, 1, 0])) == 25.0
     assert constant_score("pearson", np.array([1.0, 2.5]), np.array([0.0, 5.0])) == 0.0
 
 

@@ -81,9 +81,9 @@ def test_attention_on_a_cpu_is_sdpa():
     "changes",
     [
         {},
-        {"position": "rotary"},
+        {"position": "rotary", "rotary_base": 50.0},
         {"position": "rotary", "qk_norm": True},
-        {"position": "rotary", "qk_norm": True, "neighbour_keys": True},
+        {"position": "rotary", "qk_norm": True, "neighbour_keys": True, "rotary_base": 50.0},
         {"embedding_skip": True},
         {"value_residual": True},
     ],
@@ -91,6 +91,7 @@ def test_attention_on_a_cpu_is_sdpa():
 def test_the_whole_model_against_a_second_one(changes):
     """The recipe written a second time, with torch's own modules and the model's weights."""
     model = bert(**changes)
+    base = changes.get("rotary_base", 10000.0)
     if "embedding_skip" in changes:
         assert model.stream_scale.tolist() == [1.0, 1.0] and model.skip_scale.tolist() == [0.0, 0.0]
         model.stream_scale.data = torch.tensor([0.5, 2.0])
@@ -111,7 +112,7 @@ def test_the_whole_model_against_a_second_one(changes):
 
     def beside(t):
         found = torch.zeros_like(t)
-        found[..., :8] = M.rotate(t[..., :8], *M.rotary_tables(11, 8, 10000.0))
+        found[..., :8] = M.rotate(t[..., :8], *M.rotary_tables(11, 8, base))
         for i in range(10):
             found[:, :, i + 1, 8:12] = t[:, :, i, 8:12]
             found[:, :, i, 12:] = t[:, :, i + 1, 12:]
@@ -138,7 +139,7 @@ def test_the_whole_model_against_a_second_one(changes):
         if "neighbour_keys" in changes:
             q, k = beside(q), beside(k)
         elif "position" in changes:
-            q, k = (M.rotate(t, *M.rotary_tables(11, D // H, 10000.0)) for t in (q, k))
+            q, k = (M.rotate(t, *M.rotary_tables(11, D // H, base)) for t in (q, k))
         y = torch.softmax(q @ k.transpose(2, 3) / math.sqrt(D // H), -1) @ v
         x = x + y.transpose(1, 2).reshape(3, 11, D) @ w[b + "attention.out.weight"].T
         h = norm(x, b + "norm2") @ w[b + "feed_forward.up.weight"].T
@@ -259,6 +260,8 @@ def test_classifier(pooling, n_classes):
     assert model(ids, mask).shape == (2, n_classes)
     assert torch.allclose(model(ids, mask), expected, atol=1e-6)
     assert model.pooler.weight.shape == (1024, 32)
+    for layer in (model.pooler, model.head):
+        assert layer.weight.std().item() == pytest.approx(0.02, rel=0.1) and not layer.bias.any()
 
 
 def test_impossible_models_are_refused():
@@ -559,8 +562,22 @@ def test_switches_leave_nothing_in_the_compiled_default():
 def test_dropout_is_on_embeddings_attention_and_residuals(monkeypatch):
     seen, model = [], bert(dropout=0.1)
     monkeypatch.setattr(M, "dropout", lambda x, p, training: seen.append((p, training)) or x)
-    model.train().encode(torch.randint(50, (2, 8)))
+    ids = torch.randint(50, (2, 8))
+    model.train().encode(ids)
     assert seen == [(0.1, True)] * 7  # 1 + 2 layers x (attention + 2 residuals)
+    seen.clear()
+    model.eval().encode(ids)
+    assert not any(p and training for p, training in seen)
+    Classifier(model, 2, dropout=0.3).train()(ids, torch.ones_like(ids, dtype=torch.bool))
+    assert seen[-1] == (0.3, True)
+
+
+def test_a_segment_beyond_the_last_is_the_last():
+    model = bert(token_types=2)
+    ids = torch.randint(50, (2, 8))
+    last = model.encode(ids, types=torch.ones_like(ids))
+    assert torch.equal(model.encode(ids, types=torch.full_like(ids, 5)), last)
+    assert not torch.equal(model.encode(ids), last)
 
 
 # --------------------------------------------------------------------------------------------------

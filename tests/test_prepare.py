@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import prepare
-from nanocram import faults, rows, tokenizer
+from nanocram import faults, rows, spool, tokenizer
 from nanocram.tokenizer import SPECIAL_TOKENS
 
 
@@ -151,6 +152,24 @@ def test_the_filter_drops_by_tokens_per_character(run):
     assert (
         30 <= bins("b")[2]["counts"]["documents dropped by the filter"] <= 40
     )  # some of them are held out
+
+
+def test_the_filter_counts_characters_not_bytes():
+    """Six tokens are too many for ten characters at a ratio of 0.5, however many bytes they are."""
+    losses = SimpleNamespace(count=lambda text: (len(text), 0.0, 0))
+    six = np.full(6, 7)
+    encoded = [("d" * 10, six), ("é" * 10, six), ("é" * 12, six)]
+    counts = Counter()
+    kept = list(prepare.filter_documents(encoded, 0.5, 1, losses, counts, []))
+    assert len(kept) == 1 and counts["documents dropped by the filter"] == 2
+
+
+def test_the_vocabulary_is_trained_on_no_text_that_is_held_out(tmp_path):
+    documents = sentences(100)
+    pairs = [(text, "") for text in documents]
+    held = spool.write_spool(tmp_path / "spool", pairs, 3000, 0, 0, Counter())
+    sample = set(prepare.sample_texts(tmp_path / "spool", held[-1].hash, 1.0, 0))
+    assert held and sample == set(documents) - {document.text for document in held}
 
 
 def test_the_filter_judges_what_the_normaliser_leaves(run):

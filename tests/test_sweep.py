@@ -1,8 +1,9 @@
 """config/ablations.py, and sweeps: what they run, what they compare, what stops them."""
 
+import functools
 import json
 import math
-import re
+import os
 import shutil
 import signal
 import statistics
@@ -16,8 +17,9 @@ from conftest import ROOT, TINY, start
 from scipy.stats import ttest_rel
 
 from model import BERT, Config, require_possible
+from nanocram import configurator
 from nanocram.configurator import resolve, run_config_file
-from nanocram.faults import Fault
+from nanocram.faults import Fault, run_script
 from tools import bench, sweep
 
 SMALL = [word for word in TINY if not word.startswith(("--out_dir", "--dataset"))]
@@ -45,8 +47,14 @@ def ablations():
     return run_config_file("config/ablations.py", **resolved("config/crammed.py"))
 
 
+@pytest.fixture
+def read_once(monkeypatch):
+    """The source of each stage is read once, not for each of a hundred entries."""
+    monkeypatch.setattr(configurator, "Stage", functools.cache(configurator.Stage))
+
+
 @pytest.mark.parametrize("scale", [[], ["--scale=cpu"]])
-def test_every_ablation_is_a_model_and_a_training_that_exist(scale, home):
+def test_every_ablation_is_a_model_and_a_training_that_exist(scale, home, read_once):
     """Each changes something, has folders of its own, and passes what train.py demands."""
     base = resolved("config/crammed.py", *scale)
     seen = []
@@ -120,7 +128,7 @@ def test_shapes_of_equal_size_at_the_scale_of_the_study(home):
     assert count["wider_and_deeper"] == pytest.approx(4 * baseline, rel=0.02)
 
 
-def test_the_study_is_the_crammed_recipe_at_a_small_scale(home):
+def test_the_study_is_the_crammed_recipe_at_a_small_scale(home, read_once):
     """Every row has the values that it has with the words of the scale, but for names and texts."""
     words = ["--scale=cpu", "--max_chars=100_000_000"]
     corpora = {name for name, changes in ablations()["data"].items() if "sources" in changes}
@@ -178,7 +186,37 @@ def test_changes_of_a_recipe_of_ones_own(home):
 # Sweeps
 
 
-def test_tokens_in_place_of_the_clock(run, home, monkeypatch):
+@pytest.fixture
+def sweep_here(run, monkeypatch, capsys):
+    """sweep_here("crammed", "--key=value", ...) runs a sweep, and its stages, in this process.
+
+    Returns (exit message or None, output of the sweep and of all its stages).
+    """
+    said = []
+
+    def stage_here(script, words):
+        said.extend([*capsys.readouterr(), f"== {script}\n"])
+        message, output = run(script, *words)
+        said.append(output)
+        return int(message is not None)
+
+    def go(*words):
+        said.clear()
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["sweep.py", *words])
+        monkeypatch.setattr(sweep, "run_stage", stage_here)
+        message = None
+        try:
+            run_script(sweep.main)
+        except SystemExit as e:
+            message = e.code
+        said.extend(capsys.readouterr())
+        return message, "".join(said)
+
+    return go
+
+
+def test_tokens_in_place_of_the_clock(sweep_here, home, monkeypatch):
     """The first entry sees so many tokens, a faster one more. Speeds are measured once.
 
     Equal work has equal speed. The batch grows from 8 to 16 rows; flash in post-norm is refused.
@@ -188,7 +226,7 @@ def test_tokens_in_place_of_the_clock(run, home, monkeypatch):
     own_words = ["--tokens=9000", "--out=out/s"]
     words = ["--norm_place=post", *(word for word in SMALL if "max_steps" not in word)]
     words += ["--batch_size=16", "--batch_ramp=0.5", "--batch_ramp_rows=8"]
-    message, output = run("sweep.py", *names, *own_words, *words)
+    message, output = sweep_here(*names, *own_words, *words)
     expected = "sweep.py: 1 of 4 entries failed: flash; the same command tries them again"
     assert message == expected
     assert "flash: does not run" in output and not Path("out/s/flash-1337").exists()
@@ -204,7 +242,7 @@ def test_tokens_in_place_of_the_clock(run, home, monkeypatch):
     table = Path("out/s/table.md").read_text().splitlines()
     assert "| speed |" in table[0]
     assert [line.split(" | ")[-1] for line in table[2:5:2]] == ["1.00 |", "1.00 |"]
-    message, output = run("sweep.py", *names, *own_words, *words)
+    message, output = sweep_here(*names, *own_words, *words)
     assert "flash" in message
     assert "times the tokens/s" not in output and "== train.py" not in output
 
@@ -226,11 +264,11 @@ def test_tokens_in_place_of_the_clock(run, home, monkeypatch):
     assert after == again and after["half_depth"] != before["half_depth"]
 
 
-def test_a_sweep_runs_compares_survives_a_failure_and_goes_on(run, home):
+def test_a_sweep_runs_compares_survives_a_failure_and_goes_on(run, sweep_here, home):
     """Its table against the logs of its runs; flash in post-norm fails, and the others go on."""
     names = ["crammed", "flash", "fragment_order", "vocab_half"]
     words = [*names, "--seeds=2", "--out=out/s", *SMALL, "--norm_place=post"]
-    message, output = run("sweep.py", *words)
+    message, output = sweep_here(*words)
     expected = "sweep.py: 1 of 4 entries failed: flash; the same command tries them again"
     assert message == expected
 
@@ -266,23 +304,23 @@ def test_a_sweep_runs_compares_survives_a_failure_and_goes_on(run, home):
     done = {p: p.stat().st_mtime_ns for p in Path("out/s").glob("*/model.pt")}
     assert len(done) == 6
     words.remove("flash")
-    assert run("sweep.py", *words)[0] is None
+    assert sweep_here(*words)[0] is None
     assert done == {p: p.stat().st_mtime_ns for p in Path("out/s").glob("*/model.pt")}
     path = Path("out/s/crammed-1337/config.json")
     older = json.loads(path.read_text())
     del older["embedding_skip"]
     path.write_text(json.dumps(older))
-    assert run("sweep.py", *words)[0] is None
+    assert sweep_here(*words)[0] is None
 
     # a finished run is of these settings, or refused
     for change in ("learning_rate=0.5", "embedding_skip=True"):
-        message, output = run("sweep.py", *words, f"--{change}")
+        message, output = sweep_here(*words, f"--{change}")
         key = change.partition("=")[0]
         assert "3 of 3 entries failed" in message
         assert f"out/s/crammed-1337 is a run with another {key}" in output
     path.write_text(json.dumps(older | {"gone_from_the_code": 0.5}))
     expected = "out/s/crammed-1337 is a run with another gone_from_the_code"
-    assert expected in run("sweep.py", *words)[1]
+    assert expected in sweep_here(*words)[1]
 
     # its runs are runs like any other
     path.write_text(json.dumps(older))
@@ -291,25 +329,37 @@ def test_a_sweep_runs_compares_survives_a_failure_and_goes_on(run, home):
     assert Path("laws.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_printed_lines_in_any_order_give_the_table_of_the_sweep(run, home, monkeypatch):
-    """Each line is a shell command of its own; a second time it finds all done."""
+def test_printed_lines_in_any_order_give_the_table_of_the_sweep(run, sweep_here, home, monkeypatch):
+    """Each line is a shell command of its own; a second time it finds all done.
 
-    def run_here(script, words):
-        return 0 if run(script, *words)[0] is None else 1
+    The shell gets a `python` that writes down its arguments. What they ask for is done here.
+    """
+    python = home / "bin/python"
+    python.parent.mkdir()
+    python.write_text("#!/bin/bash\nprintf '%s\\0' \"$@\" >> calls\necho >> calls\n")
+    python.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{python.parent}:{os.environ['PATH']}")
+
+    def stages_of(line):
+        subprocess.run(["bash", "-c", line], check=True)
+        scripts = []
+        for call in Path("calls").read_text().splitlines():
+            script, *words = call.removesuffix("\0").split("\0")
+            assert run(script, *words)[0] is None
+            scripts.append(script)
+        os.remove("calls")
+        return scripts
 
     words = ["crammed", "half_depth", *SMALL]
-    monkeypatch.setattr(sweep, "run_stage", run_here)
-    sweep.main([*words, "--out=out/own"])
+    assert sweep_here(*words, "--out=out/own")[0] is None
     message, output = run("sweep.py", *words, "--out=out/s", "--print")
     assert message is None and not Path("out/s").exists()
     lines = output.splitlines()
-    assert [re.findall(r"(\w+)\.py", line) for line in lines] == [
-        ["prepare", "crammed", "train", "crammed"]
-    ] * 2
+    assert len(lines) == 2 and all("config/crammed.py" in line for line in lines)
+    for line in reversed(lines):
+        assert stages_of(line) == ["prepare.py", "train.py"]
+    assert stages_of(lines[0]) == ["prepare.py"]
 
-    for line in [*reversed(lines), lines[0]]:
-        line = line.replace("python ", f"{sys.executable} {ROOT}/")
-        subprocess.run(["bash", "-c", line], check=True, capture_output=True)
     assert run("sweep.py", *words, "--out=out/s", "--table")[0] is None
     tables = []
     for out in ("own", "s"):
@@ -429,8 +479,8 @@ def test_the_table_says_how_sure_a_single_run_is_and_how_many_are_scored(home):
     assert "standard error of val_loss over validation rows" in text
 
 
-def test_what_stops_a_sweep_lets_its_run_save_and_the_same_command_continues(run, home):
-    words = ["crammed", "--out=out/s", *SMALL, "--max_steps=400", "--checkpoint_minutes=9"]
+def test_what_stops_a_sweep_lets_its_run_save_and_the_same_command_continues(sweep_here, home):
+    words = ["crammed", "--out=out/s", *SMALL, "--max_steps=150", "--checkpoint_minutes=9"]
     process = start("sweep.py", *words, cwd=home)
     log = Path("out/s/crammed-1337/log.jsonl")
     while not log.exists() or log.read_text().count("\n") < 20:
@@ -441,7 +491,7 @@ def test_what_stops_a_sweep_lets_its_run_save_and_the_same_command_continues(run
     assert process.returncode == 1
     assert "saved at step" in output and "sweep.py: interrupted" in output
     assert (log.parent / "ckpt.pt").exists() and not (log.parent / "model.pt").exists()
-    assert run("sweep.py", *words)[0] is None and (log.parent / "model.pt").exists()
+    assert sweep_here(*words)[0] is None and (log.parent / "model.pt").exists()
     assert any("resumed" in json.loads(line) for line in log.read_text().splitlines())
 
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import model
 import train
-from nanocram import runs
+from nanocram import cooccurrence, runs
 from nanocram.faults import Fault
 from nanocram.optim import NorMuon
 
@@ -67,6 +67,8 @@ def test_masks_of_the_paper(seed, rows):
         )
         changed = inputs[row, where]
         assert [(changed == mask_id).sum(), (changed == ids[row, where]).sum()] == [26, 3]
+        random = changed[(changed != mask_id) & (changed != ids[row, where])]
+        assert len(random.unique()) == 3
 
 
 def test_masks_are_uniform_seeded_and_all_mask_without_the_mix():
@@ -76,10 +78,18 @@ def test_masks_are_uniform_seeded_and_all_mask_without_the_mix():
     assert all(torch.equal(x, y) for x, y in zip(a, b))
     share = torch.zeros(128).scatter_add(0, a[1].flatten(), torch.ones(a[1].numel())) / 4000
     assert share.min() > 0.22 and share.max() < 0.28  # 0.25 +- 4.4 standard deviations
+    changed, old = a[0].gather(1, a[1]), a[2]
+    random = changed[(changed != 4) & (changed != old)]
+    times = torch.bincount(random, minlength=200)  # 60 on average, but for <mask> itself
+    assert times[4] == 0 and times.sum() - times.min() > 11_000 and times.sort().values[1] > 20
     inputs, positions, _ = train.mask_tokens(
         ids, 19, 4, 200, torch.Generator().manual_seed(1), mix=False
     )
     assert (inputs.gather(1, positions) == 4).all() and ((inputs == 4).sum(1) == 19).all()
+
+
+def test_the_number_of_masked_positions_is_rounded():
+    assert [train.n_masked(32, rate) for rate in (0.01, 0.15, 0.2, 0.25)] == [1, 5, 6, 8]
 
 
 def test_positions_in_the_flat_batch():
@@ -124,6 +134,19 @@ def test_other_schedules(schedule, values):
         assert factor_with(0, schedule) == 1.0
 
 
+def test_in_the_cool_down_the_rate_falls_linearly_from_what_it_has_reached():
+    """At p = 0.9 two fifths of a cool-down of 0.25 are left."""
+    for schedule, at_its_begin in (("ramp", 0.75), ("inverse_sqrt", (0.1 / 0.75) ** 0.5)):
+        assert factor_with(0.9, schedule, 0.1) == pytest.approx(0.4 * at_its_begin)
+
+
+def test_rates_are_those_of_the_keys():
+    config = {"learning_rate": 2.0, "schedule": "trapezoid", "warmup": 0.1, "cooldown": 0.4}
+    config |= {"triangle_base": 0.25, "batch_size": 8, "batch_ramp": 0.5, "batch_ramp_rows": 2}
+    assert train.rates_at(0.05, config) == (pytest.approx(1.0), 2)
+    assert train.rates_at(0.8, config) == (pytest.approx(1.0), 8)
+
+
 def test_one_cycle_is_a_triangle():
     for p in np.linspace(0, 1, 11):
         factor = factor_with(p, "triangle", cooldown=0.5, triangle_base=0.0)
@@ -148,6 +171,7 @@ def test_evaluation_is_the_same_whatever_the_batch():
     model.register_forward_pre_hook(as_defined)
     found = train.evaluate(model, rows, 4, "cpu", batch=64)
     again = train.evaluate(model, rows, 4, "cpu", batch=7)
+    assert model.training
     assert again == pytest.approx(found, rel=1e-5)
     assert abs(found["val_loss"] - math.log(50)) < 0.5 and 0 <= found["val_accuracy"] < 0.2
 
@@ -284,6 +308,28 @@ def test_the_time_after_the_last_checkpoint_counts(run, tiny_data):
     )
 
 
+def test_counting_is_part_of_the_budget(run, tiny_data, monkeypatch):
+    monkeypatch.setattr(cooccurrence, "initialize_from_counts", lambda *_: time.sleep(0.2))
+    assert run("train.py", *TINY, "--max_steps=1", "--count_tokens=100")[0] is None
+    assert log()[0]["hours"] * 3600 >= 0.2
+
+
+def test_the_mean_loss_of_a_log_line_is_that_of_the_steps_taken():
+    interval = train.Interval("cpu")
+    for loss, is_bad in ((2.0, False), (math.nan, True), (4.0, False)):
+        interval.add(torch.tensor(loss), torch.tensor(is_bad), 10)
+    loss, _, skipped = interval.close()
+    assert (loss, skipped, interval.tokens) == (3.0, 1, 30)
+
+
+def test_micro_batches_divide_the_batch_and_the_increments_of_its_ramp():
+    config = {"batch_size": 24, "micro_batch_size": 8, "batch_ramp": 0.5, "batch_ramp_rows": 12}
+    with pytest.raises(Fault, match="micro_batch_size = 8 must divide"):
+        train.micro_batch_rows(config, 1)
+    assert train.micro_batch_rows(config | {"batch_ramp": 0.0}, 1) == 8
+    assert train.micro_batch_rows(config, 2) == 2
+
+
 def forecast(capsys, order, speed, counts=None):
     """Return what is said of 36,000 tokens in an hour at `speed` tokens/s."""
     meta = {"settings": {"order": order}, "counts": counts or {}}
@@ -300,6 +346,9 @@ def test_a_sorted_corpus_beyond_the_budget_is_a_warning(capsys):
         out = forecast(capsys, order, speed)
         assert ("max_rows=500 cuts after sorting" in out) == warns
         assert f"{speed / 10:.0%} of one epoch" in out
+    meta = {"settings": {"order": "shuffle"}, "counts": {}}
+    train.forecast(np.zeros((1000, 36), np.uint16), meta, 5.0, 18_000, 1800.0, 1.0)
+    assert "75% of one epoch" in capsys.readouterr().out  # half of it had been seen
 
 
 def test_a_corpus_that_is_repeated_is_a_warning_that_says_how_much_text_fits(capsys):
@@ -332,6 +381,9 @@ def test_a_run_learns_more_than_unigrams(run, tiny_data):
         entropy,
     )
     assert final["val_accuracy"] > 0.3
+    # a line's speed is that of its own step
+    seconds = sum(32 * 32 / e["tokens_per_s"] for e in log()[1:])
+    assert seconds < 2 * 3600 * final["hours"]
     assert {
         "step",
         "tokens",
@@ -384,48 +436,39 @@ def last_step():
     return max((e["step"] for e in map(json.loads, lines[:-1])), default=0)
 
 
+def start_copy(run, *args):
+    """Train in a copy of this process, which need not import anything. Return its id."""
+    copy = os.fork()
+    if copy:
+        return copy
+    status = 2
+    try:
+        message, _ = run("train.py", *args)
+        status = int(message is not None)
+    finally:
+        os._exit(status)
+
+
 @pytest.mark.parametrize("recipe", [["--mask_rate=0.3"], NANOCRAM], ids=["crammed", "nanocram"])
-def test_interrupted_and_resumed_equals_uninterrupted(run, tiny_data, home, recipe):
+def test_interrupted_and_resumed_equals_uninterrupted(run, tiny_data, recipe):
     """kill -9 twice, then SIGTERM, and a last part that finishes: the same weights, bit for bit,
     and the same log.
     """
-    args = [
-        *TINY,
-        "--max_steps=400",
-        "--dropout=0.1",
-        "--checkpoint_minutes=0.0005",
-        "--eval_minutes=0.001",
-    ]
-    args += recipe
-    assert (
-        run(
-            "train.py",
-            *args,
-            "--out_dir=out/whole",
-            "--checkpoint_minutes=9.0",
-            "--eval_minutes=9.0",
-        )[0]
-        is None
-    )
-    said = []
-    for step, kill in (
-        (30, signal.SIGKILL),
-        (120, signal.SIGKILL),
-        (240, signal.SIGTERM),
-        (None, None),
-    ):
-        process = start("train.py", *args, cwd=home)
-        while kill and not (last_step() >= step and Path("out/tiny/ckpt.pt").exists()):
-            assert process.poll() is None
+    args = [*TINY, "--max_steps=200", "--dropout=0.1", *recipe]
+    rarely = ["--checkpoint_minutes=9.0", "--eval_minutes=9.0"]
+    often = ["--checkpoint_minutes=0.0005", "--eval_minutes=0.001"]
+    assert run("train.py", *args, *rarely, "--out_dir=out/whole")[0] is None
+    for step, kill in ((30, signal.SIGKILL), (80, signal.SIGKILL), (140, signal.SIGTERM)):
+        process = start_copy(run, *args, *often)
+        while last_step() < step or not Path("out/tiny/ckpt.pt").exists():
+            assert os.waitpid(process, os.WNOHANG) == (0, 0), "it ended too early"
             time.sleep(0.005)
-        if kill:
-            process.send_signal(kill)
-        said.append("".join(process.communicate()))
-        assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 1, None: 0}[kill], said
-    assert (
-        all("continuing out/tiny at step" in s for s in said[1:])
-        and "the same command continues" in said[2]
-    )
+        os.kill(process, kill)
+        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        assert status == (-9 if kill == signal.SIGKILL else 1)
+    message, output = run("train.py", *args, *often)
+    assert message is None and "continuing out/tiny at step" in output
+    assert len(log(key="resumed")) == 3
     a, b = weights("whole"), weights()
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert [(e["step"], e["loss"]) for e in log()] == [(e["step"], e["loss"]) for e in log("whole")]
@@ -611,7 +654,7 @@ def test_counts_begin_in_fp16_with_a_step_left_out(run, tiny_data):
     )
 
 
-@pytest.mark.parametrize("recipe", [[], NANOCRAM], ids=["crammed", "nanocram"])
+@pytest.mark.parametrize("recipe", [["--n_layer=1"], NANOCRAM], ids=["crammed", "nanocram"])
 def test_compiled_and_eager_runs_agree(run, tiny_data, recipe):
     for name, compile in (("eager", False), ("compiled", True)):
         message, output = run(
