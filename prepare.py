@@ -27,7 +27,6 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from nanocram.configurator import Stage, configure
 from nanocram.docs_corpus import TASK_CHARS, write_tasks
@@ -40,6 +39,7 @@ from nanocram.faults import (
     sha256_of,
     write_json,
 )
+from nanocram.progress import progress_bar
 from nanocram.rows import (
     SENTENCE_ENDS,
     deduplicate,
@@ -458,7 +458,7 @@ def require_ends(tokenizer, order):
 
 def with_progress(texts, n_chars):
     """Yield the texts, and show how many of their n_chars characters are taken."""
-    bar = tqdm(desc="tokenizing", total=n_chars, unit=" chars", unit_scale=True, disable=None)
+    bar = progress_bar(desc="tokenizing", total=n_chars, unit=" chars", unit_scale=True)
     with bar:
         for text in texts:
             bar.update(len(text))

@@ -18,6 +18,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 import json
 import math
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -157,6 +158,27 @@ def rates_at(p, config):
     shape = (c["schedule"], c["warmup"], c["cooldown"], c["triangle_base"])
     lr = c["learning_rate"] * learning_rate_factor(p, *shape)
     return lr, batch_rows(p, c["batch_size"], c["batch_ramp"], c["batch_ramp_rows"])
+
+
+def rows_that_fit(rows, p, config, speed, unit):
+    """Return `rows`, or fewer if the step would take more than half of what is left at progress p.
+
+    So the last steps become shorter and shorter, and the schedule reaches its end. A step of a
+    third of the budget could begin at 90 % of it otherwise, with a high learning rate.
+    speed: rows per second, 0 if unknown. unit: rows of one forward pass, which every step has.
+    """
+    if config["max_steps"] or not speed:
+        return rows
+    seconds_left = (1 - p) * config["budget_hours"] * 3600
+    passes = math.floor(seconds_left / 2 * speed / unit)
+    return min(rows, max(passes, 1) * unit)
+
+
+def tokens_of_all_steps(config, seq_len):
+    """Return the tokens that a run of max_steps steps sees."""
+    steps = config["max_steps"]
+    ramp = (config["batch_size"], config["batch_ramp"], config["batch_ramp_rows"])
+    return seq_len * sum(batch_rows(step / steps, *ramp) for step in range(steps))
 
 
 def rates_of_checkpoint(checkpoint, config):
@@ -351,7 +373,14 @@ def prepare_forward(model, compile, micro_batches, device):
     """
     forward = model
     if compile:
-        forward = compile_checked(model, *micro_batches[0])
+        # say what takes so long
+        message = "compiling the model, and checking its gradient; that may take a minute or two"
+        slow = threading.Timer(5, tqdm.write, [message])
+        slow.start()
+        try:
+            forward = compile_checked(model, *micro_batches[0])
+        finally:
+            slow.cancel()
     return ranks.wrap(forward, device)
 
 
@@ -414,10 +443,15 @@ class Interval:
         self.steps += 1
         self.tokens += tokens
 
+    def speed(self):
+        """Wait for the device. Return the tokens per second."""
+        self.loss_sum.item()
+        return self.tokens / max(time.monotonic() - self.start, 1e-9)
+
     def close(self):
         """Wait for the device. Return (mean loss or None, tokens per second, steps left out)."""
+        speed = self.speed()
         skipped = int(self.skipped)
-        speed = self.tokens / max(time.monotonic() - self.start, 1e-9)
         loss = None
         if self.steps > skipped:
             loss = self.loss_sum.item() / (self.steps - skipped)
@@ -618,7 +652,7 @@ def main(config):
     flops = flops_per_token(model.config, seq_len, count)
     peak, peak_name = peak_flops(device, model.dtype)
     describe(model, train_rows, peak, peak_name, world, budget_hours, max_steps)
-    log = Log(run.folder, rank, budget_hours, max_steps)
+    log = Log(run.folder, rank, budget_hours, max_steps, tokens_of_all_steps(config, seq_len))
     log.wandb = wandb
 
     # Steps that are not finite are left out. So many of them in a row need help; fp16 begins with
@@ -629,7 +663,7 @@ def main(config):
     forward = model
     generator = torch.Generator(device)
     micro_batches = []
-    lr = rows = 0
+    lr = rows = measured = 0
     first_step = state["step"]
     forecast_rows = 0  # the batch at the last forecast
     model.train()
@@ -643,23 +677,24 @@ def main(config):
         # where are we? a signal to any process stops all, and the clock is rank 0's
         now = time.monotonic()
         state["elapsed"] = now - start
-        stop_now, log_now, save_now, state["elapsed"] = ranks.agree(
+        stop_now, log_now, save_now, state["elapsed"], speed = ranks.agree(
             stop.reason != "",
             now - interval.start >= log_seconds,
             state["elapsed"] - last_checkpoint >= 60 * checkpoint_minutes,
             state["elapsed"],
+            measured,
         )
         progress = progress_of(state["step"], state["elapsed"], budget_hours, max_steps)
         done = progress >= 1.0
 
         # log
         if interval.steps and (done or log_now):
-            loss, speed, skipped = interval.close()
+            loss, measured, skipped = interval.close()
             now = time.monotonic()
             grown = forecast_rows < rows == batch_size
             if interval.tokens and not max_steps and (forecast_rows == 0 or grown):
                 left = budget_hours * 3600 - state["elapsed"]
-                forecast(train_rows, meta, speed, state["tokens"], left, budget_hours)
+                forecast(train_rows, meta, measured, state["tokens"], left, budget_hours)
                 forecast_rows = rows
             log.write(
                 state,
@@ -668,8 +703,8 @@ def main(config):
                 lr=lr,
                 batch_size=rows,
                 grad_norm=float(grad_norm) if math.isfinite(grad_norm) else None,
-                tokens_per_s=speed,
-                mfu=speed * flops / peak / world,
+                tokens_per_s=measured,
+                mfu=measured * flops / peak / world,
                 epoch=state["rows"] / len(train_rows),
                 skipped=skipped,
             )
@@ -717,6 +752,7 @@ def main(config):
         # the next batch: masks and dropout depend on seed and step alone, not on interruptions, and
         # masks not on how the batch is split
         lr, rows = rates_at(progress, config)
+        rows = rows_that_fit(rows, progress, config, speed / seq_len, micro * world)
         set_learning_rate(opts, lr)
         mine = rows // world
         ids = next_rows(train_rows, state["rows"] + rank * mine, mine, device)
@@ -730,6 +766,7 @@ def main(config):
         try:
             if state["step"] == first_step:
                 forward = prepare_forward(model, compile, micro_batches, device)
+                interval.start = time.monotonic()  # to compile says nothing about the speed
             torch.manual_seed(step_seed + 1 + rank)
             result = training_step(model, forward, opts, scaler, micro_batches, grad_clip, stop)
         except RuntimeError as e:
@@ -753,11 +790,11 @@ def main(config):
         state["step"] += 1
         state["tokens"] += rows * seq_len
         state["rows"] += rows
-        if state["step"] == first_step + 1 and log_seconds:
-            # the first step compiles, so its time says nothing about the speed
-            loss.item()
-            interval.tokens = 0
-            interval.start = time.monotonic()
+        if state["step"] == first_step + 1:
+            measured = interval.speed()
+            if log_seconds:  # the first step is slower: the log begins with the next
+                interval.tokens = 0
+                interval.start = time.monotonic()
 
     # the end
     log.close()

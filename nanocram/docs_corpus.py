@@ -14,9 +14,8 @@ from collections import Counter
 from importlib import metadata
 from pathlib import Path
 
-from tqdm import tqdm
-
 from nanocram.configurator import ROOT
+from nanocram.progress import progress_bar
 
 TASKS = {"docs_package": ["text"], "docs_next": ["text_a", "text_b"]}  # their columns of text
 TASK_CHARS = 1_500_000  # characters of held-out documentation that the tasks are made of
@@ -77,7 +76,7 @@ def package_documents():
     seen = set()
     with multiprocessing.Pool(initializer=leave_signals) as pool:
         results = pool.imap(prose_of_file, jobs, chunksize=32)
-        for name, found in tqdm(results, "docstrings", len(jobs), unit=" files", disable=None):
+        for name, found in progress_bar(results, "docstrings", len(jobs), unit=" files"):
             new = [paragraph for paragraph in dict.fromkeys(found) if paragraph not in seen]
             seen.update(new)
             yield "\n".join(new), name

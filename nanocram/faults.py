@@ -40,10 +40,10 @@ def run_script(main, kept="", out_of_memory=""):
     kept: what a person may rely on after a full disk or Ctrl-C.
     out_of_memory: what to do if the memory does not suffice.
     """
-    # a terminal may lack characters of a text
+    # a terminal may lack characters of a text; a file, as with nohup, gets each line at once
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
 
     name = Path(sys.argv[0]).name
     # every message ends with what a person may rely on

@@ -132,22 +132,23 @@ def mean(tensor):
     return tensor / world_size()
 
 
-def agree(stop, log, save, elapsed):
-    """Return the four values that all processes go on with.
+def agree(stop, log, save, elapsed, speed):
+    """Return the five values that all processes go on with.
 
-    Any process may ask to stop. The clock, and what it says about logging and saving, is rank 0's.
+    Any process may ask to stop. The clock is rank 0's, and so is what it says about logging, saving
+    and the speed.
     """
     if world_size() == 1:
-        return stop, log, save, elapsed
+        return stop, log, save, elapsed, speed
 
-    # one maximum for all four: what others know less well than rank 0, they leave at zero
-    mine = [float(stop), 0.0, 0.0, 0.0]
+    # one maximum for all five: what others know less well than rank 0, they leave at zero
+    mine = [float(stop), 0.0, 0.0, 0.0, 0.0]
     if dist.get_rank() == 0:
-        mine[1:] = [float(log), float(save), elapsed]
+        mine[1:] = [float(log), float(save), elapsed, speed]
     shared = torch.tensor(mine, dtype=torch.float64, device=agreement_device())
     dist.all_reduce(shared, dist.ReduceOp.MAX)
-    stop, log, save, elapsed = shared.tolist()
-    return bool(stop), bool(log), bool(save), elapsed
+    stop, log, save, elapsed, speed = shared.tolist()
+    return bool(stop), bool(log), bool(save), elapsed, speed
 
 
 def require_same(numbers, what):

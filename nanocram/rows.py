@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
 from nanocram.faults import Fault, read_json
+from nanocram.progress import progress_bar
 from nanocram.tokenizer import vocab_size_of
 
 CHUNK = 1 << 23  # tokens that are worked on at a time
@@ -332,7 +332,7 @@ def write_ordered(rows, order, path):
     token_counts = np.zeros(65536, np.int64)
     buckets = fill_buckets(rows, order, path)
     with open(path, "wb") as f:
-        for bucket in tqdm(buckets, "writing", unit=" buckets", disable=None):
+        for bucket in progress_bar(buckets, "writing", unit=" buckets"):
             block = read_bucket(bucket, rows.shape[1])
             sha.update(block)
             token_counts += count_tokens(block)
@@ -360,7 +360,7 @@ def fill_buckets(rows, order, path):
     buckets = [path.with_name(f"bucket{b}") for b in range(n_buckets)]
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(open(bucket, "wb")) for bucket in buckets]
-        for part in tqdm(chunks(rows), "sorting", unit=f" x {CHUNK} tokens", disable=None):
+        for part in progress_bar(chunks(rows), "sorting", unit=f" x {CHUNK} tokens"):
             places = place[part]
             is_written = places != NOWHERE
             block = rows[part][is_written]

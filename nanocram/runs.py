@@ -11,8 +11,8 @@ import math
 import os
 import shutil
 import signal
-import sys
 import threading
+import time
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from model import BERT
 from nanocram.configurator import defaults_of
 from nanocram.faults import Fault, lock, one_line, replace_file, write_json
+from nanocram.progress import SECONDS_PER_LINE
 
 CHECKPOINT_PARTS = "model optimizers scaler step tokens rows elapsed world torch".split()
 CHECKPOINTS = ["ckpt.pt", "ckpt.old.pt"]  # the last one, and the one before
@@ -321,12 +322,18 @@ def add_time_fraction(entries, config):
 
 
 class Log:
-    """log.jsonl, and the same entries on the terminal: as a bar, or as lines in a file."""
+    """log.jsonl, and what it says on the terminal: as a bar, or in a file as lines."""
 
-    def __init__(self, folder, rank, budget_hours, max_steps):
-        """Open the log to append to it. Ranks other than 0 write nothing."""
+    def __init__(self, folder, rank, budget_hours, max_steps, max_tokens):
+        """Open the log to append to it. Ranks other than 0 write nothing.
+
+        max_tokens: the tokens of all max_steps steps, 0 if the clock decides.
+        """
         self.file = open(os.devnull if rank else folder / "log.jsonl", "a", buffering=1)
+        self.budget_hours = budget_hours
         self.max_steps = max_steps
+        self.max_tokens = max_tokens
+        self.next_line = -math.inf  # when a line about training is due
         self.wandb = None
         unit = "steps" if max_steps else "s"
         self.bar = tqdm(
@@ -347,14 +354,32 @@ class Log:
 
         # the terminal
         self.bar.n = min(state["step"] if self.max_steps else round(elapsed), self.bar.total)
-        if self.bar.disable or "loss" not in entry:
+        where = f"step {state['step']:,}, {elapsed:,.0f} s"
+        if "loss" not in entry:
             shown = [f"{name} {x:,.4g}" for name, x in entry.items() if x is not None]
-            tqdm.write(f"step {state['step']:,}, {elapsed:,.0f} s: {', '.join(shown)}")
-            sys.stdout.flush()
+            tqdm.write(f"{where}: {', '.join(shown)}")
+            return
+        line = self.training_line(state, entry)
+        if not self.bar.disable:
+            self.bar.set_postfix_str(line)
+        elif time.monotonic() >= self.next_line:
+            print(f"{where}, {progress:.0%}: {line}")
+            self.next_line = time.monotonic() + SECONDS_PER_LINE
+
+    def training_line(self, state, entry):
+        """Return the loss, the speed, and how long the run still takes at this speed."""
+        loss = math.nan if entry["loss"] is None else entry["loss"]
+        speed = entry["tokens_per_s"]
+        line = f"loss {loss:.3f}, {speed:,.0f} tokens/s, MFU {entry['mfu']:.0%}"
+
+        # by the clock, or by what is left to do; a batch that grows is in that already
+        if not self.max_steps:
+            seconds = self.budget_hours * 3600 - state["elapsed"]
+        elif speed:
+            seconds = (self.max_tokens - state["tokens"]) / speed
         else:
-            loss = math.nan if entry["loss"] is None else entry["loss"]
-            speed = f"{entry['tokens_per_s']:,.0f} tokens/s, MFU {entry['mfu']:.0%}"
-            self.bar.set_postfix_str(f"loss {loss:.3f}, {speed}")
+            return line
+        return f"{line}, {tqdm.format_interval(max(seconds, 0))} left"
 
     def close(self):
         self.bar.close()

@@ -15,9 +15,9 @@ import unicodedata
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from nanocram.faults import Fault, read_json, write_json
+from nanocram.progress import progress_bar
 
 BLOCK = 1 << 24  # bytes of the spool that are read at a time
 MAX_DOCUMENT = 20_000  # characters; a longer text is cut into several documents
@@ -162,7 +162,7 @@ def write_spool(path, documents, budget, max_chars, expected_chars, counts):
     """
     held = SmallestHashes(budget)
     total = expected_chars or None
-    bar = tqdm(desc="reading", total=total, unit=" chars", unit_scale=True, disable=None)
+    bar = progress_bar(desc="reading", total=total, unit=" chars", unit_scale=True)
     with open(path, "wb") as f, bar:
         for text, label in documents:
             text = clean_text(text, counts)
@@ -225,7 +225,7 @@ def split_rows(work, documents, seq_len, vocab_size, val_rows, counts):
     # write all rows to a spool, and hold out those with the smallest hashes
     held = SmallestHashes(val_rows)
     with open(work / "spool", "wb") as f:
-        for row, _ in tqdm(documents, "reading", unit=" rows", unit_scale=True, disable=None):
+        for row, _ in progress_bar(documents, "reading", unit=" rows", unit_scale=True):
             if not isinstance(row, list) or not all(type(i) is int for i in row):
                 counts["rows without token ids"] += 1
                 continue

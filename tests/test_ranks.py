@@ -130,6 +130,38 @@ def test_each_process_reads_only_its_rows_and_draws_the_masks_of_all(tiny_data):
         assert torch.equal(tensor, torch.cat(own))
 
 
+# train.py under a clock that nothing but forward passes moves, on each process at another speed
+FAKE_CLOCK = f"""
+import os, runpy, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import model
+from nanocram import device
+forward, clock = model.BERT.forward, [1000.0]
+time.monotonic = lambda: clock[0]
+device.peak_flops = lambda *_: (1e12, "of a test")
+def slow_forward(self, ids, positions, targets=None):
+    if targets is not None:
+        clock[0] += 2 * len(ids) * int(os.environ["WORLD_SIZE"]) / (1 + int(os.environ["RANK"]))
+    return forward(self, ids, positions, targets)
+model.BERT.forward = slow_forward
+runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
+"""
+
+
+def test_all_processes_cut_a_long_step_alike(run, tiny_data, home):
+    """By the clock of the first one, so that the curve is that of one process as fast as both."""
+    Path("fake_clock.py").write_text(FAKE_CLOCK)
+    args = [*TINY, "--budget_hours=0.1", "--batch_size=64", "--log_seconds=0.001"]
+    one = start_ranks(1, "fake_clock.py", *args, "--micro_batch_size=8", "--out_dir=out/one")
+    two = start_ranks(2, "fake_clock.py", *args, "--micro_batch_size=4", "--out_dir=out/two")
+    for process in [*one, *two]:
+        errors = process.communicate(timeout=600)[1]
+        assert process.returncode == 0, errors
+    for name in ("one", "two"):
+        assert [e["batch_size"] for e in log(name)] == [56, 24, 16, 8, 8, 8], name
+    assert np.allclose(curve("one"), curve("two"), rtol=1e-4)
+
+
 # --------------------------------------------------------------------------------------------------
 # Processes that end
 
@@ -219,7 +251,7 @@ def test_one_process_has_no_group_and_no_wrapper(monkeypatch):
     model = torch.nn.Linear(2, 2)
     assert not dist.is_initialized() and ranks.wrap(model, "cpu") is model
     ranks.share_gradient(model, False)
-    assert ranks.agree(True, False, True, 7.0) == (True, False, True, 7.0)
+    assert ranks.agree(True, False, True, 7.0, 5.0) == (True, False, True, 7.0, 5.0)
 
 
 def test_a_group_that_exists_is_used_and_left_alone(run, tiny_data):

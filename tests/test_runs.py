@@ -92,3 +92,35 @@ def test_signals_are_caught_in_the_main_thread_only():
     thread.join()
     assert made[0].reason == ""
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+def lines_of_log(tmp_path, monkeypatch, capsys, seconds, max_steps=0, max_tokens=0):
+    """Return what a log in a file of output says, with an entry of training every 10 s."""
+    clock = [1000.0]
+    monkeypatch.setattr(runs.time, "monotonic", lambda: clock[0])
+    written = runs.Log(tmp_path, 0, 0.5, max_steps, max_tokens)
+    for elapsed in range(10, seconds + 1, 10):
+        clock[0] += 10
+        state = {"step": elapsed // 5, "tokens": 20 * elapsed, "elapsed": float(elapsed)}
+        written.write(state, elapsed / 1800, loss=3.25, tokens_per_s=20.0, mfu=0.5)
+    written.write(state, elapsed / 1800, val_loss=4.0)
+    written.close()
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == seconds // 10 + 1
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_file_gets_a_line_every_minute_that_says_how_long_it_takes(tmp_path, monkeypatch, capsys):
+    *training, evaluation = lines_of_log(tmp_path, monkeypatch, capsys, 180)
+    assert [line.partition(" s,")[0] for line in training] == [
+        "step 2, 10",
+        "step 14, 70",
+        "step 26, 130",
+    ]
+    speed = "loss 3.250, 20 tokens/s, MFU 50%"
+    assert training[1] == f"step 14, 70 s, 4%: {speed}, 28:50 left"  # of half an hour
+    assert evaluation == "step 36, 180 s: val_loss 4"
+
+
+def test_the_time_left_of_a_number_of_steps_is_that_of_their_tokens(tmp_path, monkeypatch, capsys):
+    first = lines_of_log(tmp_path, monkeypatch, capsys, 10, max_steps=1000, max_tokens=80200)[0]
+    assert first.endswith(", 1:06:40 left")  # 80,000 tokens at 20 per second

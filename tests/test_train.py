@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import model
 import train
-from nanocram import cooccurrence, runs
+from nanocram import cooccurrence, device, runs
 from nanocram.faults import Fault
 from nanocram.optim import NorMuon
 
@@ -145,6 +145,21 @@ def test_rates_are_those_of_the_keys():
     config |= {"triangle_base": 0.25, "batch_size": 8, "batch_ramp": 0.5, "batch_ramp_rows": 2}
     assert train.rates_at(0.05, config) == (pytest.approx(1.0), 2)
     assert train.rates_at(0.8, config) == (pytest.approx(1.0), 8)
+
+
+def test_a_step_takes_at_most_half_of_what_is_left():
+    config = {"budget_hours": 1.0, "max_steps": 0}
+    for p in np.linspace(0, 1, 101):
+        for speed in (0.01, 0.3, 1.0, 7.0):  # rows per second
+            rows = train.rows_that_fit(1000, p, config, speed, 8)
+            assert rows % 8 == 0 and 8 <= rows <= 1000
+            if rows > 8:
+                assert rows / speed <= (1 - p) * 3600 / 2 + 1e-6
+            if rows < 1000:
+                assert (rows + 8) / speed > (1 - p) * 3600 / 2 - 1e-6
+    assert train.rows_that_fit(1000, 0.99, config, 0.0, 8) == 1000  # the speed is not known yet
+    by_steps = {"budget_hours": 1.0, "max_steps": 7}
+    assert train.rows_that_fit(1000, 0.99, by_steps, 1.0, 8) == 1000
 
 
 def test_one_cycle_is_a_triangle():
@@ -533,6 +548,41 @@ def test_the_clock_stops_the_run_and_counts_earlier_parts(run, tiny_data, home):
     assert max(lr) == pytest.approx(0.003, rel=0.05) and lr[-1] < 0.001
 
 
+SLOW = ["--budget_hours=0.1", "--batch_size=64", "--micro_batch_size=8", "--log_seconds=0.001"]
+
+
+@pytest.fixture
+def slow_device(run, monkeypatch):
+    """A clock that nothing but training moves: two seconds a row of a forward pass."""
+    clock, forward = [1000.0], model.BERT.forward
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(device, "peak_flops", lambda *_: (1e12, "of a test"))
+
+    def slow_forward(self, ids, positions, targets=None):
+        if targets is not None:
+            clock[0] += 2 * len(ids)
+        return forward(self, ids, positions, targets)
+
+    monkeypatch.setattr(model.BERT, "forward", slow_forward)
+
+
+def test_long_steps_are_cut_to_fit_the_budget(run, tiny_data, slow_device):
+    """A step takes 128 s of 360 s: uncut, the third one would end at 384 s, from 71 % on."""
+    message, _ = run("train.py", *TINY, *SLOW)
+    assert message is None
+    entries = log()
+    # after the first step, whose line is left out, 232 s are left, then 120, 72, 40, 24 and 8
+    assert [e["batch_size"] for e in entries] == [56, 24, 16, 8, 8, 8]
+    assert entries[-1]["tokens"] == 32 * (64 + 56 + 24 + 16 + 8 + 8 + 8)
+    assert entries[-1]["hours"] * 3600 == pytest.approx(368)
+    assert entries[-1]["lr"] == pytest.approx(0.003 * (8 / 360) / 0.25)
+
+
+def test_with_max_steps_no_step_is_cut(run, tiny_data, slow_device):
+    assert run("train.py", *TINY, *SLOW, "--max_steps=4")[0] is None
+    assert {e["batch_size"] for e in log()} == {64}
+
+
 def test_the_end_of_the_corpus(run, tiny_data):
     rows = json.loads(Path("data/tiny/meta.json").read_text())["train_rows"]
     ids = train.next_rows(np.arange(10, dtype=np.uint16).reshape(5, 2), 4, 3, "cpu")
@@ -668,6 +718,40 @@ def test_compiled_and_eager_runs_agree(run, tiny_data, recipe):
         assert message is None and "warning" not in output, output
     a, b = ([e["loss"] for e in log(n)] for n in ("eager", "compiled"))
     assert np.allclose(a, b, atol=1e-3)
+
+
+@pytest.mark.parametrize("seconds, says", [(4.9, False), (5.1, True)])
+def test_a_compilation_of_more_than_five_seconds_says_so(monkeypatch, capsys, seconds, says):
+    class Timer:
+        """A timer of threads whose time passes in compile_checked only."""
+
+        def __init__(self, interval, function, args):
+            self.interval, self.function, self.args = interval, function, args
+
+        def start(self):
+            timers.append(self)
+
+        def cancel(self):
+            timers.remove(self)
+
+    def compile(model, *batch):
+        for timer in timers:
+            if seconds >= timer.interval:
+                timer.function(*timer.args)
+        if model == "broken":
+            raise RuntimeError("out of memory")
+        return "compiled " + model
+
+    timers = []
+    monkeypatch.setattr(train.threading, "Timer", Timer)
+    monkeypatch.setattr(train, "compile_checked", compile)
+    assert train.prepare_forward("model", True, [["batch"]], "cpu") == "compiled model"
+    output = capsys.readouterr().out
+    assert output.count("compiling") == output.count("\n") == int(says) and not timers
+    with pytest.raises(RuntimeError):
+        train.prepare_forward("broken", True, [["batch"]], "cpu")
+    assert not timers
+    assert train.prepare_forward("model", False, [["batch"]], "cpu") == "model"
 
 
 def test_a_broken_compiler_is_a_warning(run, tiny_data, monkeypatch):

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
 from nanocram.faults import Fault, read_json, run_script, write_json
+from nanocram.progress import progress_bar
 from nanocram.rows import (
     chunks,
     count_tokens,
@@ -70,7 +70,7 @@ def find_sentences(rows, sentences):
     # look up every run of tokens, and compare what is around it
     found = set()
     seq_len = rows.shape[1]
-    for part in tqdm(chunks(rows), "searching", disable=None):
+    for part in progress_bar(chunks(rows), "searching"):
         tokens = np.array(rows[part]).ravel()
         hashes = window_hashes(tokens, N_TOKENS)
         for at in np.flatnonzero(np.isin(hashes, wanted)):
