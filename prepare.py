@@ -233,18 +233,19 @@ def sample_texts(spool, cutoff, fraction, seed):
 # 3. Tokens
 
 
-def write_validation(path, tokenizer, held, config):
+def write_validation(path, tokenizer, encoded, config):
     """Write the first held-out documents as at most val_rows rows.
 
+    encoded: pairs of (text, token ids).
     Returns (documents that it takes, rows).
     """
-    # tokenize until the rows are full
+    # take documents until the rows are full
     n_needed = config["val_rows"] * config["seq_len"]
     n_marks = int(config["insert_cls"]) + int(config["insert_sep"])
     n_taken = 0
     n_tokens = 0
     documents = []
-    for _, tokens in encode_ahead(tokenizer, (document.text for document in held)):
+    for _, tokens in encoded:
         n_taken += 1
         if len(tokens):
             documents.append(tokens)
@@ -385,10 +386,13 @@ def rows_from_texts(work, kept, entries, config, counts):
     tokenizer.encode_special_tokens = True  # "<mask>" in a text is text
     require_ends(tokenizer, config["order"])
     print(f"vocabulary: {vocab_size_of(tokenizer):,} entries")
-    warn_of_unknown(tokenizer, (document.text for document in held))
 
     # validation rows, and tasks made of what they do not need
-    n_val, counts["validation rows"] = write_validation(work / "val.bin", tokenizer, held, config)
+    encoded = list(encode_ahead(tokenizer, (document.text for document in held)))
+    warn_of_unknown(tokenizer, encoded)
+    n_val, counts["validation rows"] = write_validation(
+        work / "val.bin", tokenizer, encoded, config
+    )
     reserved = held[:n_val]
     unused = held[n_val:]
     cutoff = reserved[-1].hash

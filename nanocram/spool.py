@@ -26,6 +26,7 @@ HASH_DIGITS = 16  # hexadecimal digits before each text in the spool
 ALNUM = (string.ascii_letters + string.digits).encode()
 OTHER_ASCII = bytes(set(range(128)) - set(ALNUM))
 TO_LOWER = bytes.maketrans(string.ascii_uppercase.encode(), string.ascii_lowercase.encode())
+OUTSIDE_ASCII = re.compile(rb"[\x80-\xff]+")
 NO_LETTER = re.compile(r"[\W_]+")
 
 
@@ -64,16 +65,21 @@ def digest(data):
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
 
-def content_hash(text):
-    """Return a hash of the letters and digits of a text, in lower case.
+def content_hash(data):
+    """Return a hash of the letters and digits of a text in UTF-8, in lower case.
 
     Texts that differ in blanks, punctuation or capitals share it.
     """
     # most characters are ASCII, which bytes.translate handles ten times as fast
-    key = text.encode().translate(TO_LOWER, OTHER_ASCII)
+    key = data.translate(TO_LOWER, OTHER_ASCII)
     if not key.isascii():
-        key = NO_LETTER.sub("", key.decode().lower()).encode()
-    return digest(key or text.encode())
+        key = OUTSIDE_ASCII.sub(letters_of, key)
+    return digest(key or data)
+
+
+def letters_of(match):
+    """Return the letters and digits of a match in UTF-8, in lower case."""
+    return NO_LETTER.sub("", match[0].decode().lower()).encode()
 
 
 class Held(NamedTuple):
@@ -175,7 +181,7 @@ def write_spool(path, documents, budget, max_chars, expected_chars, counts):
                 counts["characters"] += len(part)
                 bar.update(len(part))
                 data = part.encode()
-                h = content_hash(part)
+                h = content_hash(data)
                 f.write(b"%016x%b\0" % (h, data))
                 held.add(h, data, len(part), label)
 
