@@ -18,7 +18,6 @@ import hashlib
 import itertools
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -58,6 +57,7 @@ from nanocram.sources import (
 )
 from nanocram.spool import (
     load_reading,
+    read_sample,
     read_spool,
     require_disk,
     save_reading,
@@ -129,10 +129,10 @@ N_EXAMPLES = 3  # dropped documents of which the summary shows the beginning
 # 1. Read
 
 
-def read_sources(path, entries, config, counts):
-    """Read all sources into the spool `path`.
+def read_sources(folder, entries, config, counts):
+    """Read all sources into folder/spool, and a sample for the vocabulary into folder/sample.
 
-    Returns the documents that are held out, the smallest hash first.
+    Returns (documents that are held out, the smallest hash first; limit of the sample).
     """
     # there is no vocabulary yet that could count tokens, so hold out enough for any
     budget = config["val_rows"] * config["seq_len"] * CHARS_PER_TOKEN
@@ -141,8 +141,17 @@ def read_sources(path, entries, config, counts):
     documents = mix_sources(entries, config["seed"], config["txt_document"], counts)
     if config["order"] == "sentence_length":
         documents = require_sentences(documents, config["ascii_only"])
-    expected = expected_chars(entries, config["max_chars"])
-    held = write_spool(path, documents, budget, config["max_chars"], expected, counts)
+    sample_chars = 0 if config["tokenizer_file"] else config["tokenizer_chars"]
+    held, sample_limit = write_spool(
+        folder,
+        documents,
+        budget,
+        sample_chars,
+        config["seed"],
+        config["max_chars"],
+        expected_chars(entries, config["max_chars"]),
+        counts,
+    )
 
     # hold out at most a fifth of a small corpus
     if not held:
@@ -150,13 +159,13 @@ def read_sources(path, entries, config, counts):
         raise Fault(f"the sources {config['sources']} hold no text{problems}")
     while len(held) > 1 and n_chars_of(held) > counts["characters"] / 5:
         held.pop()
-    if next(read_spool(path, held[-1].hash), None) is None:
+    if next(read_spool(folder / "spool", held[-1].hash), None) is None:
         raise Fault(
             f"the {counts['documents']:,} documents of the corpus are all one text, which is held "
             "out for validation; add other text"
         )
     warn_of_documents(config["txt_document"], counts)
-    return held
+    return held, sample_limit
 
 
 def warn_of_documents(txt_document, counts):
@@ -204,15 +213,15 @@ def n_chars_of(held):
 # 2. Vocabulary
 
 
-def make_tokenizer(spool, cutoff, n_chars, config):
-    """Train a tokenizer on a sample of the documents in the spool that are not held out.
+def make_tokenizer(kept, cutoff, n_chars, config):
+    """Train a tokenizer on a sample of the documents in kept/spool that are not held out.
 
     cutoff: hash up to which documents are held out.
     n_chars: characters of the others.
     """
-    fraction = config["tokenizer_chars"] / n_chars
+    fraction = min(config["tokenizer_chars"] / n_chars, 1)
     return train_tokenizer(
-        functools.partial(sample_texts, spool, cutoff, fraction, config["seed"]),
+        functools.partial(read_sample, kept, cutoff, fraction, config["seed"]),
         config["tokenizer_kind"],
         config["vocab_size"],
         config["lowercase"],
@@ -221,30 +230,23 @@ def make_tokenizer(spool, cutoff, n_chars, config):
     )
 
 
-def sample_texts(spool, cutoff, fraction, seed):
-    """Yield a random fraction of the documents that are not held out, the same ones each time."""
-    rng = random.Random(seed)
-    for text in read_spool(spool, cutoff):
-        if rng.random() < fraction:
-            yield text
-
-
 # --------------------------------------------------------------------------------------------------
 # 3. Tokens
 
 
-def write_validation(path, tokenizer, held, config):
+def write_validation(path, tokenizer, encoded, config):
     """Write the first held-out documents as at most val_rows rows.
 
+    encoded: pairs of (text, token ids).
     Returns (documents that it takes, rows).
     """
-    # tokenize until the rows are full
+    # take documents until the rows are full
     n_needed = config["val_rows"] * config["seq_len"]
     n_marks = int(config["insert_cls"]) + int(config["insert_sep"])
     n_taken = 0
     n_tokens = 0
     documents = []
-    for _, tokens in encode_ahead(tokenizer, (document.text for document in held)):
+    for _, tokens in encoded:
         n_taken += 1
         if len(tokens):
             documents.append(tokens)
@@ -378,17 +380,20 @@ def rows_from_texts(work, kept, entries, config, counts):
         file = kept / f"tokenizer-{key_of(config, VOCABULARY_KEYS)}.json"
         if not file.exists():
             n_chars = counts["characters"] - n_chars_of(held)
-            trained = make_tokenizer(spool, held[-1].hash, n_chars, config)
+            trained = make_tokenizer(kept, held[-1].hash, n_chars, config)
             with replace_file(file) as f:
                 f.write(trained.to_str(pretty=True).encode())
         tokenizer = load_tokenizer(str(file))
     tokenizer.encode_special_tokens = True  # "<mask>" in a text is text
     require_ends(tokenizer, config["order"])
     print(f"vocabulary: {vocab_size_of(tokenizer):,} entries")
-    warn_of_unknown(tokenizer, (document.text for document in held))
 
     # validation rows, and tasks made of what they do not need
-    n_val, counts["validation rows"] = write_validation(work / "val.bin", tokenizer, held, config)
+    encoded = list(encode_ahead(tokenizer, (document.text for document in held)))
+    warn_of_unknown(tokenizer, encoded)
+    n_val, counts["validation rows"] = write_validation(
+        work / "val.bin", tokenizer, encoded, config
+    )
     reserved = held[:n_val]
     unused = held[n_val:]
     cutoff = reserved[-1].hash
@@ -427,8 +432,8 @@ def read_or_take(kept, entries, config, counts):
     else:
         shutil.rmtree(kept, ignore_errors=True)
         kept.mkdir(parents=True)
-        held = read_sources(kept / "spool", entries, config, counts)
-        save_reading(kept, held, counts)
+        held, sample_limit = read_sources(kept, entries, config, counts)
+        save_reading(kept, held, sample_limit, counts)
     print(f"read {counts['documents']:,} documents, {counts['characters']:,} characters")
     return held
 

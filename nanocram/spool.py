@@ -8,6 +8,7 @@ held out by parts: the others are in training, and validation holds what the cor
 
 import hashlib
 import heapq
+import os
 import re
 import shutil
 import string
@@ -22,10 +23,13 @@ from nanocram.progress import progress_bar
 BLOCK = 1 << 24  # bytes of the spool that are read at a time
 MAX_DOCUMENT = 20_000  # characters; a longer text is cut into several documents
 HASH_DIGITS = 16  # hexadecimal digits before each text in the spool
+N_HASHES = 1 << 64
+SCRAMBLE = 0x9E3779B97F4A7C15  # an odd number, so that multiplying keeps hashes different
 
 ALNUM = (string.ascii_letters + string.digits).encode()
 OTHER_ASCII = bytes(set(range(128)) - set(ALNUM))
 TO_LOWER = bytes.maketrans(string.ascii_uppercase.encode(), string.ascii_lowercase.encode())
+OUTSIDE_ASCII = re.compile(rb"[\x80-\xff]+")
 NO_LETTER = re.compile(r"[\W_]+")
 
 
@@ -64,16 +68,21 @@ def digest(data):
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
 
-def content_hash(text):
-    """Return a hash of the letters and digits of a text, in lower case.
+def content_hash(data):
+    """Return a hash of the letters and digits of a text in UTF-8, in lower case.
 
     Texts that differ in blanks, punctuation or capitals share it.
     """
     # most characters are ASCII, which bytes.translate handles ten times as fast
-    key = text.encode().translate(TO_LOWER, OTHER_ASCII)
+    key = data.translate(TO_LOWER, OTHER_ASCII)
     if not key.isascii():
-        key = NO_LETTER.sub("", key.decode().lower()).encode()
-    return digest(key or text.encode())
+        key = OUTSIDE_ASCII.sub(letters_of, key)
+    return digest(key or data)
+
+
+def letters_of(match):
+    """Return the letters and digits of a match in UTF-8, in lower case."""
+    return NO_LETTER.sub("", match[0].decode().lower()).encode()
 
 
 class Held(NamedTuple):
@@ -152,18 +161,52 @@ def clean_text(text, counts):
     return text
 
 
-def write_spool(path, documents, budget, max_chars, expected_chars, counts):
-    """Write documents to a spool. Return those that are held out, the smallest hash first.
+class Sample:
+    """Write a random part of the documents to a spool of its own, for the vocabulary.
+
+    Whether a document belongs to it depends on its hash and the seed: sample_key is below `limit`.
+    As nobody knows how many documents will come, the limit halves whenever the sample has twice the
+    characters that are wanted. Readers leave out what is above their own limit.
+    """
+
+    def __init__(self, f, n_wanted, seed):
+        self.f = f
+        self.n_wanted = n_wanted
+        self.seed = seed
+        self.limit = N_HASHES
+        self.n_chars = 0
+
+    def add(self, h, record, n_chars):
+        """Write a document of hash h if it belongs to the sample."""
+        if sample_key(h, self.seed) >= self.limit:
+            return
+        self.f.write(record)
+        self.n_chars += n_chars
+        if self.n_chars > 2 * self.n_wanted:
+            self.limit //= 2
+            self.n_chars /= 2
+
+
+def sample_key(h, seed):
+    """Return a number below N_HASHES, a random one for each hash."""
+    return (h ^ seed) * SCRAMBLE % N_HASHES
+
+
+def write_spool(folder, documents, budget, sample_chars, seed, max_chars, expected_chars, counts):
+    """Write documents to folder/spool, and a sample of them to folder/sample.
 
     documents: pairs of (text, label).
     budget: characters to hold out.
+    sample_chars: characters of the sample, 0 = none.
     max_chars: characters after which to stop, 0 = never.
     expected_chars: characters that the documents have, for the progress bar; 0 if unknown.
+    Returns (documents that are held out, the smallest hash first; limit of the sample).
     """
     held = SmallestHashes(budget)
     total = expected_chars or None
     bar = progress_bar(desc="reading", total=total, unit=" chars", unit_scale=True)
-    with open(path, "wb") as f, bar:
+    with open(folder / "spool", "wb") as f, open(folder / "sample", "wb") as sampled, bar:
+        sample = Sample(sampled, sample_chars, seed)
         for text, label in documents:
             text = clean_text(text, counts)
             if not text:
@@ -175,13 +218,19 @@ def write_spool(path, documents, budget, max_chars, expected_chars, counts):
                 counts["characters"] += len(part)
                 bar.update(len(part))
                 data = part.encode()
-                h = content_hash(part)
-                f.write(b"%016x%b\0" % (h, data))
+                h = content_hash(data)
+                record = b"%016x%b\0" % (h, data)
+                f.write(record)
                 held.add(h, data, len(part), label)
+                sample.add(h, record, len(part))
 
             if max_chars and counts["characters"] >= max_chars:
                 break
-    return held.sorted()
+
+    # a sample of all documents would be the spool again
+    if sample.limit == N_HASHES:
+        os.remove(folder / "sample")
+    return held.sorted(), sample.limit
 
 
 def read_spool(path, cutoff, counts=None):
@@ -189,21 +238,42 @@ def read_spool(path, cutoff, counts=None):
 
     counts: where the others are counted, if given.
     """
+    for h, data in read_records(path):
+        if h > cutoff:
+            yield data.decode()
+        elif counts is not None:
+            counts["documents held out"] += 1
+
+
+def read_sample(folder, cutoff, fraction, seed):
+    """Yield a random fraction of the texts whose hash is above `cutoff`, always the same ones.
+
+    They come from the sample, or from the spool if the sample has too few.
+    """
+    limit = round(fraction * N_HASHES)
+    path = folder / "spool"
+    if limit <= read_json(folder / "reading.json")["sample_limit"] < N_HASHES:
+        path = folder / "sample"
+    for h, data in read_records(path):
+        if h > cutoff and sample_key(h, seed) < limit:
+            yield data.decode()
+
+
+def read_records(path):
+    """Yield (hash, text in UTF-8) of the documents of a spool."""
     rest = b""  # the beginning of a document that the next block continues
     with open(path, "rb") as f:
         while block := f.read(BLOCK):
             *documents, rest = (rest + block).split(b"\0")
             for document in documents:
-                if int(document[:HASH_DIGITS], 16) > cutoff:
-                    yield document[HASH_DIGITS:].decode()
-                elif counts is not None:
-                    counts["documents held out"] += 1
+                yield int(document[:HASH_DIGITS], 16), document[HASH_DIGITS:]
 
 
-def save_reading(folder, held, counts):
+def save_reading(folder, held, sample_limit, counts):
     """Write what is known of a complete spool next to it. A spool without this is incomplete."""
     held = [[document.hash, document.text, document.label] for document in held]
-    write_json(folder / "reading.json", {"held": held, "counts": counts})
+    reading = {"held": held, "sample_limit": sample_limit, "counts": counts}
+    write_json(folder / "reading.json", reading)
 
 
 def load_reading(folder, counts):

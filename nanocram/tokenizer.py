@@ -4,6 +4,8 @@ A tokenizer has three parts: the normaliser changes the characters (lower case, 
 pre-tokenizer splits a text into words, and the model splits a word into entries of the vocabulary.
 """
 
+import functools
+import itertools
 import json
 import os
 import re
@@ -34,6 +36,7 @@ NON_ASCII = r"[^\x00-\x7F]+"
 WIDE_SPACE = r"[^\S\x00-\x7F]|\x{200B}"  # no-break, ideographic and other spaces of Unicode
 INVISIBLE = r"[\x{AD}\x{2060}\x{FEFF}]+"  # soft hyphen, word joiner, byte-order mark
 MANY_SPACES = re.compile(" {2,}")
+OUTSIDE_ASCII = re.compile(NON_ASCII)
 MAX_WORD = 100  # characters of a word that are tokenized together; the time grows with the square
 MAX_IDS = 65536  # what fits into uint16
 BATCH_CHARS = 1 << 20  # characters of documents that are tokenized together
@@ -235,11 +238,21 @@ def train_up_to(vocab_size, sample, kind, normalizer, strip_accents):
     if rare:
         texts = (text.translate(rare) for text in texts)
 
+    # normalise the texts here if that is possible, which is faster
+    fast = AsciiNormalizer(normalizer)
+    first = normalizer
+    if fast.makes_ascii:
+        texts = map(fast.normalize, texts)
+        first = None
+
     if kind == "wordpiece":
-        return train_wordpiece(texts, normalizer, alphabet, others, vocab_size)
-    if kind == "bpe":
-        return train_bpe(texts, normalizer, alphabet, vocab_size)
-    return train_unigram(texts, normalizer, alphabet, vocab_size)
+        tokenizer = train_wordpiece(texts, first, alphabet, others, vocab_size)
+    elif kind == "bpe":
+        tokenizer = train_bpe(texts, first, alphabet, vocab_size)
+    else:
+        tokenizer = train_unigram(texts, first, alphabet, vocab_size)
+    tokenizer.normalizer = normalizer
+    return tokenizer
 
 
 def make_normalizer(lowercase, strip_accents, ascii_only):
@@ -324,13 +337,15 @@ def rare_characters(counts, normalizer, alphabet):
 def train_wordpiece(texts, normalizer, alphabet, others, vocab_size):
     """Train the paper's kind of vocabulary. A token inside a word begins with ##.
 
+    normalizer: what the texts still need, or None.
     others: characters outside the alphabet, the commonest first.
     """
     # The trainer numbers "##c" in the order of a hash table, and ties between merges follow these
     # numbers. As special tokens in sorted order they make the vocabulary the same in each run.
     inside = [c for c in alphabet if not is_ideograph(c)]
     trained = Tokenizer(models.WordPiece(unk_token="<unk>"))
-    trained.normalizer = normalizer
+    if normalizer:
+        trained.normalizer = normalizer
     trained.pre_tokenizer = word_splitter(inside)
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
@@ -348,7 +363,6 @@ def train_wordpiece(texts, normalizer, alphabet, others, vocab_size):
     # the tokenizer proper has the same vocabulary, but only our five as special tokens
     tokenizer = Tokenizer(models.WordPiece(vocab=vocabulary, unk_token="<unk>"))
     tokenizer.add_special_tokens(SPECIAL_TOKENS)
-    tokenizer.normalizer = trained.normalizer
     tokenizer.pre_tokenizer = trained.pre_tokenizer
     tokenizer.decoder = decoders.WordPiece(prefix="##")
     return tokenizer
@@ -410,7 +424,8 @@ def train_unigram(texts, normalizer, alphabet, vocab_size):
 
 def with_word_marks(tokenizer, normalizer):
     """Give a tokenizer a normaliser, and words of which the first token begins with a "▁"."""
-    tokenizer.normalizer = normalizer
+    if normalizer:
+        tokenizer.normalizer = normalizer
     words = [pre_tokenizers.Whitespace(), pre_tokenizers.Metaspace()]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words)
     tokenizer.decoder = decoders.Metaspace()
@@ -423,12 +438,12 @@ def with_word_marks(tokenizer, normalizer):
 
 def encode_ahead(tokenizer, texts):
     """Yield (text, its token ids as a uint16 array) for each text, several batches ahead."""
-    for_ascii = ascii_tokenizer(tokenizer)
+    fast = FastEncoder(tokenizer)
     piece = PIECE_CHARS if splits_at_spaces(tokenizer) else MAX_DOCUMENT
     jobs = deque()
     with ThreadPoolExecutor(THREADS) as pool:
         for batch in batches(texts):
-            jobs.append((batch, pool.submit(encode, tokenizer, for_ascii, piece, batch)))
+            jobs.append((batch, pool.submit(encode, tokenizer, fast, piece, batch)))
             if len(jobs) > THREADS:
                 done, job = jobs.popleft()
                 yield from zip(done, job.result())
@@ -451,10 +466,10 @@ def batches(texts):
         yield batch
 
 
-def encode(tokenizer, for_ascii, piece, texts):
+def encode(tokenizer, fast, piece, texts):
     """Return the token ids of each text, a list of uint16 arrays without special tokens.
 
-    for_ascii: ascii_tokenizer(tokenizer).
+    fast: the FastEncoder of the tokenizer.
     piece: characters after which a text is cut.
     """
     # cut the texts into pieces, and remember of which text each one is
@@ -465,49 +480,88 @@ def encode(tokenizer, for_ascii, piece, texts):
             pieces.append(part)
             owners.append(i)
 
-    # encode the pieces in ASCII with the faster tokenizer
-    encodings = [None] * len(pieces)
-    is_plain = [part.isascii() and not has_long_word(part) for part in pieces]
-    for encoder, takes_plain in ((for_ascii, True), (tokenizer, False)):
-        chosen = [k for k in range(len(pieces)) if is_plain[k] == takes_plain]
-        found = encoder.encode_batch_fast([pieces[k] for k in chosen], add_special_tokens=False)
-        for k, encoding in zip(chosen, found):
-            encodings[k] = encoding
+    # encode most pieces the fast way, and the others with the whole tokenizer
+    ids = fast.encode(pieces)
+    others = [k for k in range(len(pieces)) if ids[k] is None]
+    found = tokenizer.encode_batch_fast([pieces[k] for k in others], add_special_tokens=False)
+    for k, encoding in zip(others, found):
+        ids[k] = np.array(encoding.ids, np.uint16)
 
     # join the ids of each text
-    ids = [[] for _ in texts]
-    for i, encoding in zip(owners, encodings):
-        ids[i].append(np.array(encoding.ids, np.uint16))
-    return [np.concatenate(arrays) for arrays in ids]
+    parts = [[] for _ in texts]
+    for i, array in zip(owners, ids):
+        parts[i].append(array)
+    return [np.concatenate(arrays) for arrays in parts]
 
 
-def has_long_word(text):
-    return max(map(len, text.split()), default=0) > MAX_WORD
+class FastEncoder:
+    """Encode texts of which the normaliser makes ASCII as the whole tokenizer does, but faster.
 
-
-def ascii_tokenizer(tokenizer):
-    """Return a tokenizer that does the same for ASCII text, in about two thirds of the time.
-
-    It lacks the steps that leave ASCII text without long words as it is.
+    The tokenizer in here has no normaliser, and the plainest pre-tokenizer.
     """
-    spec = json.loads(tokenizer.to_str())
-    steps = (spec["normalizer"] or {}).get("normalizers", [])
 
-    # other steps that mention a character outside ASCII could make one out of ASCII text
-    stays_ascii = json.dumps([steps, spec["added_tokens"]], ensure_ascii=False).isascii()
-    if stays_ascii:
-        idle = [{"type": kind} for kind in ("NFC", "NFD", "NFKC", "NFKD", "StripAccents")]
-        for pattern, content in ((NON_ASCII, ""), (INVISIBLE, ""), (WIDE_SPACE, " ")):
-            idle.append({"type": "Replace", "pattern": {"Regex": pattern}, "content": content})
-        steps[:] = [step for step in steps if step not in idle]
-
-        # word_splitter, without long words
+    def __init__(self, tokenizer):
+        spec = json.loads(tokenizer.to_str())
+        spec["normalizer"] = None
         if is_word_splitter(spec["pre_tokenizer"]):
             spec["pre_tokenizer"] = {"type": "Whitespace"}
+        self.bare = Tokenizer.from_str(json.dumps(spec))
+        self.bare.encode_special_tokens = True
+        self.unk = special_ids(tokenizer)["unk"]
 
-    plain = Tokenizer.from_str(json.dumps(spec))
-    plain.encode_special_tokens = tokenizer.encode_special_tokens
-    return plain
+        # the special tokens in a text are looked for before it is normalised, unless they are text
+        self.normalizer = AsciiNormalizer(tokenizer.normalizer)
+        if not tokenizer.encode_special_tokens:
+            self.normalizer = AsciiNormalizer(None)
+
+    def encode(self, texts):
+        """Return the token ids of each text, or None for those that need the whole tokenizer."""
+        normal = [self.normalizer.normalize(text) for text in texts]
+        chosen = [k for k in range(len(texts)) if normal[k] is not None]
+        found = self.bare.encode_batch_fast([normal[k] for k in chosen], add_special_tokens=False)
+
+        # <unk> may be a word of more than MAX_WORD characters, which the whole tokenizer cuts
+        ids = [None] * len(texts)
+        for k, encoding in zip(chosen, found):
+            array = np.array(encoding.ids, np.uint16)
+            if not (array == self.unk).any():
+                ids[k] = array
+        return ids
+
+
+class AsciiNormalizer:
+    """Do what one of our normalisers does to texts of which it makes ASCII, but faster.
+
+    It is written in Python, for the normalisers of `tokenizers` track where each character comes
+    from. Runs of spaces stay, which no tokenizer of ours can tell from one space.
+    """
+
+    def __init__(self, normalizer):
+        flags = flags_of(normalizer)
+        self.is_ours = flags is not None
+        self.lowercase, self.strip_accents, self.ascii_only = flags or (False, False, False)
+        # without accents, each character is normalised for itself
+        self.makes_ascii = self.strip_accents and self.ascii_only
+        if self.makes_ascii:
+            self.form_of = functools.cache(normalizer.normalize_str)
+
+    def normalize(self, text):
+        """Return the normalised text, or None if it may have characters outside ASCII."""
+        is_ascii = text.isascii()
+        if not self.is_ours or not (is_ascii or self.makes_ascii):
+            return None
+        text = text.replace("``", '"').replace("''", '"')
+        if not is_ascii:
+            text = OUTSIDE_ASCII.sub(lambda match: "".join(map(self.form_of, match[0])), text)
+        return text.lower() if self.lowercase else text
+
+
+def flags_of(normalizer):
+    """Return the arguments with which make_normalizer makes this normaliser, or None."""
+    for flags in itertools.product((False, True), repeat=3):
+        if normalizer and make_normalizer(*flags).__getstate__() == normalizer.__getstate__():
+            return flags
+    return None
 
 
 def is_word_splitter(spec):
@@ -537,24 +591,30 @@ class Losses:
         self.is_known = np.zeros(size, bool)  # whether the tables have the character
         self.n_written = np.zeros(size, np.uint8)  # characters that it becomes
         self.is_letter = np.zeros(size, bool)
+        self.is_letter[:128] = [chr(code).isalpha() for code in range(128)]
         self.is_lost = np.zeros(size, bool)  # whether it is a letter and becomes none
         self.is_deleted = np.zeros(size, bool)  # whether it becomes nothing
 
     def count(self, text):
         """Return (characters after normalisation, fraction of letters lost, characters deleted)."""
+        # a run of spaces becomes one
+        n_written = len(text)
+        if "  " in text:
+            n_written = len(MANY_SPACES.sub(" ", text))
         if text.isascii():
-            return len(MANY_SPACES.sub(" ", text)), 0.0, 0
+            return n_written, 0.0, 0
 
-        codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        # only characters outside ASCII become several, or none
+        all_codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        codes = all_codes[all_codes > 127]
         for code in np.unique(codes[~self.is_known[codes]]):
             self.look_up(chr(code))
-
-        # a run of spaces becomes one
-        is_space = codes == ord(" ")
-        n_written = int(self.n_written[codes].sum()) - int((is_space[1:] & is_space[:-1]).sum())
-        n_letters = max(int(self.is_letter[codes].sum()), 1)
+        n_written += int(self.n_written[codes].sum()) - len(codes)
+        n_deleted = int(self.is_deleted[codes].sum())
         n_lost = int(self.is_lost[codes].sum())
-        return n_written, n_lost / n_letters, int(self.is_deleted[codes].sum())
+        if not n_lost:
+            return n_written, 0.0, n_deleted
+        return n_written, n_lost / int(self.is_letter[all_codes].sum()), n_deleted
 
     def look_up(self, character):
         """Fill the tables for a character, by what becomes of it between two letters."""
@@ -570,20 +630,24 @@ class Losses:
         self.is_deleted[code] = not form
 
 
-def warn_of_unknown(tokenizer, texts):
-    """Print a warning if more than 1 % of the tokens of some texts are <unk>."""
+def warn_of_unknown(tokenizer, encoded):
+    """Print a warning if more than 1 % of the tokens of some texts are <unk>.
+
+    encoded: pairs of (text, token ids).
+    """
     unk = special_ids(tokenizer)["unk"]
     n_tokens = 0
     n_unknown = 0
-    characters = Counter()
-    for text, tokens in encode_ahead(tokenizer, texts):
+    for _, tokens in encoded:
         n_tokens += len(tokens)
         n_unknown += int((tokens == unk).sum())
-        characters.update(text)
     if n_unknown <= n_tokens / 100:
         return
 
     # a character is lost if it is unknown alone
+    characters = Counter()
+    for text, _ in encoded:
+        characters.update(text)
     lost = []
     for c, _ in characters.most_common():
         if len(lost) < N_LOST and unk in tokenizer.encode(c, add_special_tokens=False).ids:

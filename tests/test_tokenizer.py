@@ -15,7 +15,13 @@ from test_prepare import bins
 from tokenizers import Tokenizer, models
 
 from nanocram.faults import Fault
-from nanocram.tokenizer import Losses, encode_ahead, make_normalizer, train_tokenizer
+from nanocram.tokenizer import (
+    FastEncoder,
+    Losses,
+    encode_ahead,
+    make_normalizer,
+    train_tokenizer,
+)
 
 
 def test_the_vocabulary_is_made_of_a_sample_of_all_sources(run):
@@ -61,6 +67,7 @@ def test_ascii_is_encoded_as_the_whole_tokenizer_does(to_ascii):
         strip_accents=to_ascii,
         ascii_only=to_ascii,
     )
+    tokenizer.encode_special_tokens = True
     letters = st.text(alphabet="aAbB9 \n\t.,'\"`<>-_éÉåªﬁ\u0301\u00a0ß中", max_size=60)
 
     @settings(max_examples=200, deadline=None)
@@ -70,6 +77,20 @@ def test_ascii_is_encoded_as_the_whole_tokenizer_does(to_ascii):
         assert found == [e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     check()
+    long = [
+        "b" * 250,
+        "-" * 101 + " a",
+        "é" * 99 + "É" * 30,
+        "a" * 100,
+        "’" * 101,
+        "ab \u1fef\u212a",
+    ]
+    found = [ids.tolist() for _, ids in encode_ahead(tokenizer, long)]
+    assert found == [e.ids for e in tokenizer.encode_batch(long, add_special_tokens=False)]
+    # as few texts as possible need the slow way
+    fast = FastEncoder(tokenizer)
+    is_fast = [ids is not None for ids in fast.encode(["b a, ab", "é b", "b" * 101])]
+    assert is_fast == [True, to_ascii, False]
 
 
 def test_transformers_opens_the_tokenizer_and_encodes_alike(tiny_data):
