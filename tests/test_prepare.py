@@ -167,8 +167,9 @@ def test_the_filter_counts_characters_not_bytes():
 def test_the_vocabulary_is_trained_on_no_text_that_is_held_out(tmp_path):
     documents = sentences(100)
     pairs = [(text, "") for text in documents]
-    held = spool.write_spool(tmp_path / "spool", pairs, 3000, 0, 0, Counter())
-    sample = set(prepare.sample_texts(tmp_path / "spool", held[-1].hash, 1.0, 0))
+    held, limit = spool.write_spool(tmp_path, pairs, 3000, 0, 0, 0, 0, Counter())
+    spool.save_reading(tmp_path, held, limit, Counter())
+    sample = set(spool.read_sample(tmp_path, held[-1].hash, 1.0, 0))
     assert held and sample == set(documents) - {document.text for document in held}
 
 

@@ -298,7 +298,9 @@ def test_losses_are_those_of_the_normaliser(text, to_ascii):
     normal = tokenizer.normalizer.normalize_str(text)
     letters = sum(map(str.isalpha, text))
     assert letters * (1 - lost) == pytest.approx(sum(map(str.isalpha, normal)))
-    assert n_written >= len(normal) and n_written - len(normal) <= text.count(" ")
+    # blanks at the ends are written, and so are accents that a deleted character kept apart
+    extra = text.count(" ") + sum(map(bool, map(unicodedata.combining, text)))
+    assert len(normal) <= n_written <= len(normal) + extra
     kept = sum(bool(tokenizer.normalizer.normalize_str(f"x{c}x") != "xx") for c in text)
     assert len(text) - n_deleted == kept
 
