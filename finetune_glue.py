@@ -12,8 +12,8 @@ develop the recipe and this protocol, so its other scores are not selected on th
 
 import os
 
-# Threads that wait fall asleep sooner: next to other work a step is up to twelve times as fast
-# (results/bench/busy.md). libgomp reads this while torch is imported.
+# Threads that wait fall asleep sooner: next to other work a step is several times as fast
+# (results/bench). libgomp reads this while torch is imported.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 

@@ -10,8 +10,8 @@ cramming, give the same curve as one: torchrun --nproc_per_node=2 train.py confi
 
 import os
 
-# Threads that wait fall asleep sooner: next to other work a step is up to twelve times as fast
-# (results/bench/busy.md). libgomp reads this while torch is imported.
+# Threads that wait fall asleep sooner: next to other work a step is several times as fast
+# (results/bench). libgomp reads this while torch is imported.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
