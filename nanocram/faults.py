@@ -51,7 +51,8 @@ def run_script(main, kept="", out_of_memory=""):
     try:
         main()
     except Fault as e:
-        sys.exit(f"{name}: {e}")
+        message = str(e).replace("\n", " ")  # a path may have line ends
+        sys.exit(f"{name}: {message}")
     except KeyboardInterrupt:
         sys.exit(f"{name}: interrupted{kept}")
     except OSError as e:

@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import tempfile
 import time
@@ -33,6 +34,8 @@ MAX_TEXT = 1_000_000  # characters of a document of a text file; a longer one is
 MAX_JSON = 1 << 27  # characters of a line of JSON; a longer one is left out
 MANY_LINES = 1000  # of a row of a csv file, which a stray quote may have swallowed
 MAX_FIELD = 10**8  # characters of a field of a csv file
+HEAD = 400  # bytes of a file that tell its encoding
+GAP = re.compile(r"[\s,]*")  # between the elements of a JSON array
 INPUT = 1 << 11  # bytes to decompress at a time, which may become 32,768 times as many
 GIVE_UP = 1000  # rows of one file without the column, after which it is no use to go on
 WAITS = (1, 4, 16, 64, 256)  # seconds before the hub is tried again
@@ -396,9 +399,8 @@ def rows_of_file(path, columns, txt_document, counts):
 
     # a byte-order mark is dropped, broken UTF-8 is replaced, and csv needs line ends as they are
     raw = open_bytes(path)
-    encoding = "utf-8-sig"
-    if raw.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        encoding = "utf-16"
+    encoding = encoding_of(raw.peek(HEAD)[:HEAD])
+    if encoding.startswith("utf-16"):
         print(f"{path} is in UTF-16")
     with io.TextIOWrapper(raw, encoding, errors="replace", newline="") as f:
         if plain.endswith(".csv"):
@@ -409,6 +411,20 @@ def rows_of_file(path, columns, txt_document, counts):
                 yield row
         else:
             yield from json_rows(f, plain.endswith(".json"), counts)
+
+
+def encoding_of(head):
+    """Return the encoding of a file that begins with these bytes: UTF-8, or UTF-16."""
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "utf-16"
+
+    # without a byte-order mark, every other byte is 0 in most texts
+    n_zeros = head[::2].count(0), head[1::2].count(0)
+    if n_zeros[1] > len(head) / 4 and not n_zeros[0]:
+        return "utf-16-le"
+    if n_zeros[0] > len(head) / 4 and not n_zeros[1]:
+        return "utf-16-be"
+    return "utf-8-sig"
 
 
 def csv_rows(lines, path, counts):
@@ -471,13 +487,9 @@ def txt_documents(lines, txt_document):
 
 def json_rows(lines, may_be_array, counts):
     """Yield the value of each line that is JSON, or the elements of one array."""
-    # an array is read as a whole
     first = lines.readline(MAX_JSON)
     if may_be_array and first.lstrip().startswith("["):
-        try:
-            yield from json.loads(first + lines.read())
-        except (ValueError, RecursionError):
-            counts["files that are not JSON"] += 1
+        yield from array_rows(lines, first, counts)
         return
 
     is_inside = False  # of a line that is too long
@@ -493,6 +505,28 @@ def json_rows(lines, may_be_array, counts):
             yield json.loads(line)
         except (ValueError, RecursionError):
             counts["rows that are not JSON"] += 1
+
+
+def array_rows(lines, text, counts):
+    """Yield the elements of a JSON array. Its file begins with `text`, and `lines` has the rest."""
+    decoder = json.JSONDecoder()
+    at = text.index("[") + 1
+    while True:
+        at = GAP.match(text, at).end()
+        if text.startswith("]", at):
+            return
+        try:
+            row, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            # the element may go on after what has been read
+            more = lines.read(MAX_LINE)
+            if not more or len(text) - at > MAX_JSON:
+                counts["arrays that are not JSON to their end"] += 1
+                return
+            text = text[at:] + more
+            at = 0
+        else:
+            yield row
 
 
 def parquet_rows(path, columns, is_compressed, counts):

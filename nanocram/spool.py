@@ -252,7 +252,8 @@ def read_sample(folder, cutoff, fraction, seed):
     """
     limit = round(fraction * N_HASHES)
     path = folder / "spool"
-    if limit <= read_json(folder / "reading.json")["sample_limit"] < N_HASHES:
+    sample_limit = read_json(folder / "reading.json").get("sample_limit", 0)
+    if limit <= sample_limit < N_HASHES:
         path = folder / "sample"
     for h, data in read_records(path):
         if h > cutoff and sample_key(h, seed) < limit:

@@ -1,6 +1,7 @@
 """Tests of nanocram/sources.py: all kinds of files, mixtures, and bad input."""
 
 import csv
+import errno
 import gzip
 import json
 import os
@@ -121,14 +122,56 @@ def test_where_and_nested_columns(run):
         assert counts["documents"] == 400 and counts["rows that `where` leaves out"] == 200
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_a_folder_without_permission(run):
+def test_a_folder_without_permission(run, monkeypatch):
+    """It is refused by name, and a file is left out and counted. Emulated, for root reads all."""
     Path("closed/in").mkdir(parents=True)
-    os.chmod("closed/in", 0)
-    assert (
-        "closed/in cannot be read: Permission denied"
-        in run("prepare.py", *TINY, "--sources=closed")[0]
-    )
+    Path("closed.txt").write_text("bal")
+    scandir = os.scandir
+    open_bytes = sources.open_bytes
+
+    def refuse(path, function):
+        if Path(path).name in ("in", "closed.txt"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return function(path)
+
+    monkeypatch.setattr(os, "scandir", lambda path: refuse(path, scandir))
+    monkeypatch.setattr(sources, "open_bytes", lambda path: refuse(path, open_bytes))
+    message, _ = run("prepare.py", *TINY, "--sources=closed")
+    assert "closed/in cannot be read: Permission denied" in message
+    counts = Counter()
+    assert len(texts_of("*.txt", counts)) == 400
+    assert counts["files that cannot be read"] == 1
+
+
+def test_odd_names_and_kinds_of_files(run):
+    """A pipe, which never ends, and a link to itself are no files; names may have line ends."""
+    folder = Path("new\nline")
+    folder.mkdir()
+    (folder / "a\nb.txt").write_text(Path("text.txt").read_text())
+    os.mkfifo(folder / "pipe.txt")
+    (folder / "self.txt").symlink_to("self.txt")
+    assert len(texts_of(str(folder), Counter())) == 400
+    (folder / "c.md").write_text("bal")
+    message, _ = run("prepare.py", *TINY, "--sources=new\nline/*.md")
+    assert message == "prepare.py: new line/c.md is of an unknown kind" + message.split("kind")[1]
+    assert "\n" not in message
+
+
+def test_a_file_that_grows_while_it_is_read(run, monkeypatch):
+    """What is there at its end is used, and the text counts as changed afterwards."""
+    documents = sources.txt_documents
+    rest = "\n\n".join(sentences(100, seed=3))
+
+    def grow(lines, kind):
+        with open("text.txt", "a") as f:
+            f.write("\n\n" + rest)
+        return documents(lines, kind)
+
+    monkeypatch.setattr(sources, "txt_documents", grow)
+    assert run("prepare.py", *TINY)[0] is None
+    assert bins()[2]["counts"]["documents"] == 500
+    monkeypatch.setattr(sources, "txt_documents", documents)
+    assert "though its sources have changed" in run("prepare.py", *TINY)[1]
 
 
 def test_a_torn_zst_is_noticed(run):
@@ -238,6 +281,34 @@ def test_json_arrays_utf_16_and_files_without_a_suffix(tmp_path, capsys):
     assert counts == {"files left out for their suffix": 1, "documents of .txt files": 30}
     output = capsys.readouterr().out
     assert "wiki_00" in output and "d.txt is in UTF-16" in output
+
+
+def test_utf_16_without_a_mark(tmp_path, capsys):
+    documents = ["bal démé.", "fal gol: ж"] * 200
+    for order in ("le", "be"):
+        (tmp_path / f"{order}.txt").write_bytes("\n\n".join(documents).encode(f"utf-16-{order}"))
+        found = texts_of(str(tmp_path / f"{order}.txt"), Counter())
+        assert [text.strip() for text in found] == documents
+    assert "be.txt is in UTF-16" in capsys.readouterr().out
+    binary = b"\0\0\1\0" * 200
+    assert sources.encoding_of(binary) == sources.encoding_of(b"") == "utf-8-sig"
+
+
+@pytest.mark.parametrize("size", [1, 7, 50, 10**6])
+def test_an_array_of_json_is_read_by_parts(tmp_path, monkeypatch, size):
+    """Whatever the parts; the elements before a tear are used, and memory has a bound."""
+    monkeypatch.setattr(sources, "MAX_LINE", size)
+    rows = [{"text": f"{d} ] \\ [", "n": [i, {}]} for i, d in enumerate(sentences(20))]
+    whole = " [" + json.dumps(rows, indent=1)[1:]
+    counts = Counter()
+    for text, n in ((whole, 20), (whole[:-300], 19), ("[" + " " * 3000 + "]", 0), ("[]", 0)):
+        (tmp_path / "a.json").write_text(text)
+        found = texts_of(str(tmp_path / "a.json"), counts)
+        assert found == [row["text"] for row in rows][: len(found)] and n - 2 <= len(found) <= n
+    assert counts == {"arrays that are not JSON to their end": 1}
+    monkeypatch.setattr(sources, "MAX_JSON", 500)
+    (tmp_path / "b.json").write_text('[{"text": "bal"},' + "x" * 10_000 + whole[2:])
+    assert texts_of(str(tmp_path / "b.json"), counts) == ["bal"]
 
 
 def test_csv_without_a_header_and_with_a_stray_quote(tmp_path, capsys):
