@@ -679,4 +679,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(configure(globals())), kept="nothing was kept")
+    run_script(lambda: main(configure(globals())), kept="nothing was kept but texts that were read whole, in data/.spool")
