@@ -679,4 +679,7 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(configure(globals())), kept="nothing was kept but texts that were read whole, in data/.spool")
+    run_script(
+        lambda: main(configure(globals())),
+        kept="nothing was kept but texts that were read whole, in data/.spool",
+    )

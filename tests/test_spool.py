@@ -97,6 +97,9 @@ def test_the_sample_is_the_part_of_the_spool_that_was_asked_for(tmp_path, n_want
     spool.save_reading(tmp_path, held, 0, counts)
     assert list(spool.read_sample(tmp_path, held[-1].hash, fraction, 7)) == found
     assert sum(map(len, found)) == pytest.approx(min(n_wanted, n_chars), rel=0.1, abs=200)
+    # the sample was enough, so that nobody had to read the spool
+    if n_wanted >= 1000:
+        assert limit >= 0.8 * fraction * spool.N_HASHES
     # from the beginning to the end, in the order of the spool
     training = list(spool.read_spool(tmp_path / "spool", held[-1].hash))
     places = [training.index(text) for text in found]
