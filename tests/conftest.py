@@ -18,7 +18,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
 os.environ["OMP_NUM_THREADS"] = "1"  # for models this small a second thread mostly waits
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from nanocram import device  # noqa: E402
+from nanocram import configurator, device  # noqa: E402
 
 TINY_DATA = [
     "--dataset=tiny",
@@ -140,6 +140,12 @@ def made_once(shelf, folder, make):
 def tiny_data(run, shelf):
     """The tiny corpus in data/tiny. Returns what prepare.py has said."""
     return made_once(shelf, "data", lambda: run("prepare.py", *TINY))
+
+
+@pytest.fixture
+def read_once(monkeypatch):
+    """The source of each stage is read once, not for each of a hundred entries."""
+    monkeypatch.setattr(configurator, "Stage", functools.cache(configurator.Stage))
 
 
 def command(script, *args):

@@ -113,7 +113,7 @@ def test_mistakes_in_a_page(home):
         fill_page.main(["x.md"])
 
 
-def test_every_row_of_the_page_of_the_study_can_be_run(monkeypatch):
+def test_every_row_of_the_page_of_the_study_can_be_run(monkeypatch, read_once):
     """Its names are recipes or entries of config/ablations.py, after the folder of the runs."""
     monkeypatch.chdir(ROOT)
     page = Path("results/study/README.md")

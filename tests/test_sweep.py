@@ -1,6 +1,5 @@
 """config/ablations.py, and sweeps: what they run, what they compare, what stops them."""
 
-import functools
 import json
 import math
 import os
@@ -17,7 +16,6 @@ from conftest import ROOT, TINY, start
 from scipy.stats import ttest_rel
 
 from model import BERT, Config, require_possible
-from nanocram import configurator
 from nanocram.configurator import resolve, run_config_file
 from nanocram.faults import Fault, run_script
 from tools import bench, sweep
@@ -45,12 +43,6 @@ def ablation(name):
 
 def ablations():
     return run_config_file("config/ablations.py", **resolved("config/crammed.py"))
-
-
-@pytest.fixture
-def read_once(monkeypatch):
-    """The source of each stage is read once, not for each of a hundred entries."""
-    monkeypatch.setattr(configurator, "Stage", functools.cache(configurator.Stage))
 
 
 @pytest.mark.parametrize("scale", [[], ["--scale=cpu"]])
