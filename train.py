@@ -803,6 +803,7 @@ def main(config):
         record = rules_record(meta, config, hours, device, state["world"])
         record = with_origin(record, init_from)
         write_result(run, model, state, record, evaluation, flops, peak * world)
+    del forward  # its wrapper waits for threads of the process group, and hung after its end
     ranks.finish(group_is_ours)
     run.close()
 
