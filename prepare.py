@@ -117,10 +117,10 @@ seed = 1337  # [0, inf) seed of shuffles and samples
 CHARS_PER_TOKEN = 8  # more than any vocabulary reaches
 DEDUP_CHARS_PER_TOKEN = 3  # less than most vocabularies reach
 ORDER_CHARS = 10_000_000  # characters by the end of which an order must have shown its meaning
-# characters per second of one core: an Intel Xeon with AMX, on English Wikipedia
+# characters per second of one core: an AMD EPYC, on 100 M characters of Wikipedia and books
 READ_SPEED = 40e6  # by one process, whatever the number of cores
-TRAIN_SPEED = 4e6
-ENCODE_SPEED = 5e6
+TRAIN_SPEED = 7e6
+ENCODE_SPEED = 6e6
 BYTES_PER_CHAR = 2  # of disk: the text, and its tokens twice
 PACK_TOKENS = 1 << 18  # tokens that are joined before they are written
 SHORT = 500  # characters of a document; those of books and articles have more
@@ -608,9 +608,10 @@ def print_expected(n_chars, tokenizer_chars):
         n_cores = len(os.sched_getaffinity(0))
     training = min(n_chars, tokenizer_chars) / TRAIN_SPEED
     seconds = n_chars / READ_SPEED + (training + n_chars / ENCODE_SPEED) / n_cores
+    cores = "1 core" if n_cores == 1 else f"{n_cores} cores"
     print(
         f"expected: {n_chars / 1e6:,.1f} M characters, about {math.ceil(seconds / 60)} min on "
-        f"{n_cores} cores (downloads take longer), {BYTES_PER_CHAR * n_chars / 1e6:,.1f} MB of disk"
+        f"{cores} (downloads take longer), {BYTES_PER_CHAR * n_chars / 1e6:,.1f} MB of disk"
     )
 
 
