@@ -435,11 +435,11 @@ def test_a_system_that_does_not_say_how_much_memory_it_has(monkeypatch):
 
 
 def test_time_and_disk_are_said_at_the_start(run, monkeypatch, capsys):
-    """By hand: 12 GB at 40 MB/s; 0.4 at 4 and 12 at 5 M characters/s on 4 cores: 15.4 min."""
+    """By hand: 12 GB at 40 MB/s; 0.4 at 7 and 12 at 6 M characters/s on 4 cores: 13.6 min."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
     prepare.print_expected(12_000_000_000, 400_000_000)
     output = capsys.readouterr().out
-    assert "12,000.0 M characters, about 16 min on 4 cores" in output
+    assert "12,000.0 M characters, about 14 min on 4 cores" in output
     assert "24,000.0 MB of disk" in output
     output = run("prepare.py", *TINY)[1]
     size = os.path.getsize("text.txt")
